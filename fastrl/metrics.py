@@ -1,0 +1,98 @@
+"""What a run tells about itself: metrics.jsonl, a progress bar, printed lines, phase times, peak
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Appends records to ``output/metrics.jsonl``, shows a bar of ``total`` steps on stderr, prints
+    every Nth line.
+
+    Use as a context manager. The bar hides itself where stderr is no terminal; the lines are
+    printed to stdout.
+    """
+
+    def __init__(
+        self, output: str | Path, *, total: int, title: str, print_every: int = 10
+    ) -> None:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        self.path = Path(output) / "metrics.jsonl"
+        self._file = self.path.open("w", encoding="utf-8")
+        self._bar = tqdm(total=total, desc=title, unit="step", disable=None, leave=False)
+        self._total, self._title, self._print_every = total, title, print_every
+
+    def write(self, step: int, kind: str = "train", **metrics: float | int | str | None) -> None:
+        """One record {"step", "kind", **metrics}; a "train" record moves the bar to ``step``."""
+        self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        self._file.flush()
+        if kind == "train":
+            self._bar.update(step - self._bar.n)
+        if kind != "train" or step in (1, self._total) or step % self._print_every == 0:
+            shown = " ".join(f"{name}={_short(value)}" for name, value in metrics.items())
+            self.print(f"{self._title} {step}/{self._total} {kind}: {shown}")
+
+    def print(self, text: str) -> None:
+        """A line on stdout that does not break the bar."""
+        tqdm.write(text)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+        self._file.close()
+
+
+class PhaseTimer:
+    """Seconds spent per named phase: ``with timer.phase("update"): ...``, then ``timer.take()``."""
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self._device = torch.device(device)
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block; on CUDA the device is synchronised before and after, so that the time is
+        the block's own.
+        """
+        self._sync()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._sync()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """{"time_<phase>_s": seconds} since the last take."""
+        taken = {f"time_{name}_s": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+    def _sync(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def peak_memory_gib(device: str | torch.device = "cpu") -> float:
+    """Peak memory in GiB: allocated on a CUDA device, else the resident set of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )  # ru_maxrss is in KiB on Linux
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,401 @@
+"""Models as the loops use them: loading, adapters, hidden states, heads, scores, log-probabilities.
+
+Everything is an ordinary transformers or PEFT module; the functions here only reach the parts that
+the fused ops need (the hidden states below a head and the head's weights), whatever wrapper is
+around them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+ADAPTER_CONFIG = "adapter_config.json"
+SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
+
+
+class LoRASettings(NamedTuple):
+    """Adapter shape; ``target_modules`` is "all-linear" or the names of the linear layers to
+    adapt.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class LoRAHead(NamedTuple):
+    """Adapter on the output head: logits += (hidden @ lora_a.T) @ lora_b.T * scaling."""
+
+    lora_a: Tensor  # (r, H)
+    lora_b: Tensor  # (V, r)
+    scaling: float
+
+
+class Head(NamedTuple):
+    """Output head of a causal LM: logits = hidden @ weight.T + bias (+ adapter), softcapped if
+    softcap is set.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None
+    lora: LoRAHead | None
+    softcap: float | None
+
+
+def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
+    """Tokenizer of a folder or hub id; the pad token is set to eos where the tokenizer has none of
+    its own.
+
+    Raises:
+        FileNotFoundError: path looks like a folder and does not exist.
+        ValueError: the tokenizer has no eos token (responses could not end) or neither pad nor eos.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(_existing(path))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {path}: expected an eos token (and a pad token, or eos to stand in"
+            " for it), got eos_token=None,"
+            f" pad_token={tokenizer.pad_token!r}; set eos_token in the folder's"
+            " tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(
+    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> transformers.PreTrainedModel:
+    """Causal LM of a folder or hub id, in eval mode; an adapter folder is loaded and merged into
+    its base.
+
+    ``model.config._name_or_path`` stays ``path``, so that ``checkpoint.save_merged_base`` can tell
+    a merged model.
+    """
+    path = _existing(path)
+    if not is_adapter(path):
+        return _from_pretrained(transformers.AutoModelForCausalLM, path, dtype).to(device).eval()
+    base = load_policy(adapter_base(path), dtype=dtype, device=device)
+    return _merged(base, path)
+
+
+def load_scalar_model(
+    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> transformers.PreTrainedModel:
+    """Sequence-classification model with one fp32 output per position: a reward model or a critic.
+
+    From a causal LM: its backbone and a fresh head N(0, 1 / sqrt(H + 1)) drawn from torch's global
+    generator. From a reward model (full folder or adapter folder, which is merged): with its head
+    and its score bias.
+    """
+    path = _existing(path)
+    if is_adapter(path) and _adapter_config(path).get("task_type") == "SEQ_CLS":
+        model = _merged(load_scalar_model(adapter_base(path), dtype=dtype, device=device), path)
+        stored = (
+            transformers.AutoConfig.from_pretrained(path)
+            if (Path(path) / "config.json").is_file()
+            else None
+        )
+        for field in SCORE_FIELDS:
+            if hasattr(stored, field):
+                setattr(model.config, field, getattr(stored, field))
+    elif not is_adapter(path) and _is_scalar_checkpoint(path):
+        model = _from_pretrained(
+            transformers.AutoModelForSequenceClassification, path, dtype, num_labels=1
+        )
+        model = model.to(device)
+    else:
+        model = _with_scalar_head(load_policy(path, dtype=dtype, device=device))
+    model.score.float()
+    return model.eval()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether path is a folder that holds a PEFT adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_base(path: str | Path) -> str:
+    """Folder or hub id of the model that an adapter folder was trained on."""
+    base = _adapter_config(path).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{Path(path) / ADAPTER_CONFIG}: expected base_model_name_or_path to name the"
+            " adapter's base model,"
+            f" got {base!r}; write the base model's folder or hub id there"
+        )
+    return base
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest sequence the model was built for; None if its config does not say."""
+    return getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> peft.PeftModel:
+    """PEFT LoRA on a frozen model, on fastrl's fused layers; the scalar head of a reward model is
+    trained whole.
+
+    Adapters are drawn from torch's global generator: seed it first.
+
+    Raises:
+        ValueError: rank is not positive, or target_modules match no layer.
+    """
+    if settings.rank <= 0:
+        raise ValueError(f"add_lora: rank: expected a positive integer, got {settings.rank}")
+    import fastrl
+
+    scalar = hasattr(model, "score")
+    targets = settings.target_modules
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=["score"] if scalar else None,
+    )
+    adapted = peft.get_peft_model(model, config)
+    fastrl.patch(adapted)
+    return adapted
+
+
+def base_model(model: nn.Module) -> transformers.PreTrainedModel:
+    """The transformers model inside a PEFT wrapper (adapters stay in place), or the model
+    itself.
+    """
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return cast(transformers.PreTrainedModel, inner)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, T) position of each kept token among its row's kept tokens; 0 on padding, either side."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed."""
+    backbone = base_model(model).get_decoder()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    accepted = inspect.signature(backbone.forward).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = position_ids(attention_mask)
+    return backbone(**inputs, use_cache=False).last_hidden_state
+
+
+def lm_head(model: nn.Module) -> Head:
+    """Weights of the output head, with the active adapter on it: LoRA, or a head that is trained
+    whole.
+
+    Raises:
+        ValueError: the head is missing, or does something that the fused log-probabilities do not.
+    """
+    base = base_model(model)
+    config = base.config.get_text_config()
+    for field in ("logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"lm_head: config.{field}: expected 1, got {getattr(config, field)}; unsupported"
+            )
+    head = base.get_output_embeddings()
+    lora = None
+    if isinstance(head, ModulesToSaveWrapper):
+        head = (
+            head.original_module
+            if head.disable_adapters
+            else head.modules_to_save[_only(head.active_adapters)]
+        )
+    elif isinstance(head, LoraLayer):
+        lora, head = _head_adapter(head), head.get_base_layer()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"lm_head: output head: expected nn.Linear, got {type(head).__name__}")
+    return Head(head.weight, head.bias, lora, getattr(config, "final_logit_softcapping", None))
+
+
+def token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T) fp32 output of the scalar head on every position, less the stored score bias."""
+    return _scores(scalar_model, final_hidden(scalar_model, input_ids, attention_mask))
+
+
+def last_token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B,) fp32 score on each row's last kept token, found by the mask: any padding side, pad ==
+    eos, no eos.
+    """
+    hidden = final_hidden(scalar_model, input_ids, attention_mask)  # (B, T, H)
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (columns * attention_mask.long()).argmax(-1)  # (B,)
+    return _scores(scalar_model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+def response_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of the response, which is the last R columns of ``input_ids`` (B, P + R), P
+    >= 1.
+
+    ``logprobs[b, t]`` is of response token t, from the hidden state of the token before it; only
+    positions kept by ``response_mask`` (B, R) reach the head.
+
+    Returns:
+        (B, R) fp32 nats, 0 where masked; with ``return_entropy`` also the entropies (B, R).
+    """
+    from fastrl.ops import linear_logprobs
+
+    length = response_mask.shape[1]
+    if length >= input_ids.shape[1]:
+        raise ValueError(
+            "response_logprobs: response_mask: expected fewer columns than input_ids (at"
+            " least one prompt token),"
+            f" got {tuple(response_mask.shape)} and {tuple(input_ids.shape)}"
+        )
+    start = input_ids.shape[1] - length
+    hidden = final_hidden(model, input_ids, attention_mask)[:, start - 1 : -1]  # (B, R, H)
+    head = lm_head(model)
+    return linear_logprobs(
+        hidden,
+        head.weight,
+        input_ids[:, start:],
+        bias=head.bias,
+        lora=head.lora,
+        mask=response_mask,
+        temperature=temperature,
+        softcap=head.softcap,
+        return_entropy=return_entropy,
+    )
+
+
+def _scores(scalar_model: nn.Module, hidden: Tensor) -> Tensor:
+    base = base_model(scalar_model)
+    head = cast(nn.Module, base.score)
+    dtype = next(head.parameters()).dtype
+    scores = head(hidden.to(dtype)).squeeze(-1).float()
+    return scores - getattr(base.config, "fastrl_score_bias", 0.0)
+
+
+def _head_adapter(layer: Any) -> LoRAHead | None:
+    if layer.disable_adapters or layer.merged or not layer.active_adapters:
+        return None
+    name = _only(layer.active_adapters)
+    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
+        raise ValueError(
+            "lm_head: lora_dropout: expected 0 on an adapted output head, got a positive one"
+        )
+    return LoRAHead(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def _only(active_adapters: list[str]) -> str:
+    if len(active_adapters) != 1:
+        raise ValueError(f"lm_head: active adapters: expected one, got {list(active_adapters)}")
+    return active_adapters[0]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load report and bars; what they would say is checked or expected by
+    the caller.
+    """
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """torch.dtype of "float32" or "bfloat16"; a torch.dtype is returned as it is."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {dtype!r}")
+    return known[dtype]
+
+
+def _existing(path: str | Path) -> str:
+    """path as text; a path that is written as one must be a folder (else it is taken for a hub
+    id).
+    """
+    looks_local = (
+        isinstance(path, Path) or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
+    )
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"model folder {path}: not found; give a folder in Hugging Face format or a hub id"
+        )
+    return str(Path(path).expanduser()) if looks_local else str(path)
+
+
+def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **options: Any) -> Any:
+    with quiet_transformers():
+        model, info = auto_class.from_pretrained(
+            path, dtype=torch_dtype(dtype), output_loading_info=True, **options
+        )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path}: expected the weights of a {type(model).__name__}, missing"
+            f" {sorted(info['missing_keys'])[:4]}"
+        )
+    return model
+
+
+def _merged(base: transformers.PreTrainedModel, path: str) -> transformers.PreTrainedModel:
+    with quiet_transformers():
+        model = peft.PeftModel.from_pretrained(base, path).merge_and_unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.config._name_or_path = model.name_or_path = path
+    return model.eval()
+
+
+def _with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    model.score = fresh_scalar_head(config.get_text_config().hidden_size).to(policy.device)
+    model.config._name_or_path = model.name_or_path = policy.config._name_or_path
+    return model
+
+
+def fresh_scalar_head(hidden_size: int) -> nn.Linear:
+    """Linear(hidden_size, 1) without bias, weights N(0, 1 / sqrt(hidden_size + 1)), fp32 (Ziegler
+    et al. 2019).
+    """
+    head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
+    return head
+
+
+def _is_scalar_checkpoint(path: str) -> bool:
+    config = transformers.AutoConfig.from_pretrained(path)
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _adapter_config(path: str | Path) -> dict[str, Any]:
+    return json.loads((Path(path) / ADAPTER_CONFIG).read_text())

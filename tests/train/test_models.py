@@ -1,0 +1,353 @@
+"""Shared model pieces: loading, adapters, hidden states, heads, scores, response
+log-probabilities, folders.
+"""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+
+from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
+from fastrl.models import (
+    LoRASettings,
+    add_lora,
+    final_hidden,
+    last_token_scores,
+    lm_head,
+    load_policy,
+    load_scalar_model,
+    load_tokenizer,
+    position_ids,
+    response_logprobs,
+    token_scores,
+)
+from fastrl.optim import NonFiniteError, check_finite, make_optimizer, make_schedule, optimizer_step
+
+LORA = LoRASettings(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+PROMPT, RESPONSE = [5, 6, 7, 8], [9, 10, 1]
+
+
+def padded(sequences, side, width, pad=0):
+    ids, mask = torch.full((len(sequences), width), pad), torch.zeros(len(sequences), width).bool()
+    for row, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), None) if side == "left" else slice(0, len(sequence))
+        ids[row, where] = torch.tensor(sequence)
+        mask[row, where] = True
+    return ids, mask
+
+
+def randomize_adapter(model, seed=3):
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def plain_logprobs(model, sequence, temperature=1.0):
+    with torch.no_grad():
+        logits = model(torch.tensor([sequence])).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(sequence)[1:, None])[:, 0]
+
+
+def test_position_ids_follow_the_mask():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("padding", [0, 1, 9])
+@pytest.mark.parametrize("poison", [0, 200])
+def test_response_logprobs_do_not_see_left_padding(tiny_policy, padding, poison):
+    """pitfall 2, pitfall 3: any number of left pads, holding any token, leaves the log-probs as
+    they are.
+    """
+    model = load_policy(tiny_policy)
+    width = padding + len(PROMPT) + len(RESPONSE)
+    ids, mask = padded([PROMPT + RESPONSE], "left", width, pad=poison)
+    response_mask = torch.ones(1, len(RESPONSE)).bool()
+    with torch.no_grad():
+        logprobs = response_logprobs(model, ids, mask, response_mask, temperature=0.7)
+    expected = plain_logprobs(model, PROMPT + RESPONSE, temperature=0.7)[-len(RESPONSE) :]
+    torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_response_logprobs_mask_and_entropy(tiny_policy):
+    model = load_policy(tiny_policy)
+    ids, mask = padded([PROMPT + RESPONSE], "left", 10)
+    response_mask = torch.tensor([[True, True, False]])
+    with torch.no_grad():
+        logprobs, entropy = response_logprobs(
+            model, ids, mask, response_mask, temperature=1.0, return_entropy=True
+        )
+        rows = model(torch.tensor([PROMPT + RESPONSE])).logits[0, 3:6].log_softmax(-1)
+    torch.testing.assert_close(
+        entropy[0, :2], -(rows.exp() * rows).sum(-1)[:2], atol=1e-5, rtol=1e-5
+    )
+    assert logprobs[0, 2] == 0 and entropy[0, 2] == 0
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        response_logprobs(model, ids, mask, torch.ones(1, 10).bool(), temperature=1.0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "modules_to_save"])
+def test_adapter_on_the_head_counts(tiny_policy, kind):
+    """pitfall 30: LoRA or a trained copy on lm_head changes the log-probs exactly as it does in
+    eager.
+    """
+    config = (
+        {"target_modules": ["q_proj", "lm_head"]}
+        if kind == "lora"
+        else {"target_modules": ["q_proj"]}
+    )
+    saved = None if kind == "lora" else ["lm_head"]
+    model = peft.get_peft_model(
+        load_policy(tiny_policy),
+        peft.LoraConfig(task_type="CAUSAL_LM", r=4, modules_to_save=saved, **config),
+    )
+    randomize_adapter(model)
+    if saved:
+        torch.nn.init.normal_(lm_head(model).weight, std=0.3)
+    model.eval()
+    ids, mask = padded([PROMPT + RESPONSE], "left", 9)
+    arguments = (ids, mask, torch.ones(1, 3).bool())
+    with torch.no_grad():
+        adapted = response_logprobs(model, *arguments, temperature=1.0)
+        torch.testing.assert_close(
+            adapted[0], plain_logprobs(model, PROMPT + RESPONSE)[-3:], atol=1e-5, rtol=1e-5
+        )
+        with model.disable_adapter():
+            reference = response_logprobs(model, *arguments, temperature=1.0)
+    expected = plain_logprobs(load_policy(tiny_policy), PROMPT + RESPONSE)[-3:]
+    torch.testing.assert_close(reference[0], expected, atol=1e-5, rtol=1e-5)
+    assert (adapted - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", [0, 1], ids=["pad", "pad==eos"])
+def test_score_is_of_the_last_kept_token(tiny_scalar, side, pad):
+    """pitfall 5, pitfall 18: last token by the mask under either padding, pad == eos, with and
+    without eos.
+    """
+    model = load_scalar_model(tiny_scalar)
+    sequences = [[5, 6, 1], [7, 8, 9, 10, 11], [12]]
+    ids, mask = padded(sequences, side, 8, pad)
+    with torch.no_grad():
+        scores = last_token_scores(model, ids, mask)
+        every = token_scores(model, ids, mask)
+        plain = torch.stack(
+            [
+                model.score(model.model(torch.tensor([s])).last_hidden_state[0, -1])[0]
+                for s in sequences
+            ]
+        )
+    torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
+    last = [7] * 3 if side == "left" else [len(s) - 1 for s in sequences]
+    torch.testing.assert_close(every[torch.arange(3), last], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_score_bias_is_subtracted_and_zero_is_a_score(tiny_scalar):
+    """pitfall 43: a score of exactly 0.0 is a value like any other."""
+    model = load_scalar_model(tiny_scalar)
+    ids, mask = padded([[5, 6, 1]], "right", 3)
+    with torch.no_grad():
+        raw = last_token_scores(model, ids, mask)
+        model.config.fastrl_score_bias = float(raw)
+        assert last_token_scores(model, ids, mask).item() == 0.0
+
+
+def test_scalar_model_from_a_causal_lm(tiny_policy, capfd):
+    torch.manual_seed(0)
+    model = load_scalar_model(tiny_policy)
+    policy = load_policy(tiny_policy)
+    ids, mask = padded([[5, 6, 7]], "right", 4)
+    with torch.no_grad():
+        torch.testing.assert_close(final_hidden(model, ids, mask), final_hidden(policy, ids, mask))
+        assert last_token_scores(model, ids, mask).shape == (1,)
+    assert model.score.weight.dtype == torch.float32 and model.config.num_labels == 1
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+    assert 0.5 < model.score.weight.std().item() * 33**0.5 < 1.5
+    said = "".join(capfd.readouterr())
+    assert "newly initialized" not in said and "MISSING" not in said
+
+
+def test_bf16_scalar_model_keeps_an_fp32_head(tiny_policy, tiny_scalar):
+    for folder in (tiny_policy, tiny_scalar):
+        model = load_scalar_model(folder, dtype="bfloat16")
+        ids, mask = padded([[5, 6, 7]], "right", 4)
+        assert model.score.weight.dtype == torch.float32
+        assert next(model.model.parameters()).dtype == torch.bfloat16
+        assert last_token_scores(model, ids, mask).dtype == torch.float32
+
+
+def test_policy_adapter_folder_loads_merged(tiny_policy, tiny_tokenizer, tmp_path):
+    """pitfall 33: what an adapter folder stands for is the adapted policy, not its base."""
+    model = add_lora(load_policy(tiny_policy), LORA)
+    randomize_adapter(model)
+    model.eval()
+    save_model(model, tiny_tokenizer, tmp_path / "sft")
+    expected = plain_logprobs(model, PROMPT + RESPONSE)
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft")
+    torch.testing.assert_close(
+        plain_logprobs(plain, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5
+    )
+    merged = load_policy(tmp_path / "sft")
+    assert isinstance(merged, transformers.LlamaForCausalLM)
+    torch.testing.assert_close(
+        plain_logprobs(merged, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5
+    )
+    assert load_tokenizer(tmp_path / "sft").pad_token_id == 0
+
+
+def test_adapter_on_a_merged_adapter_loads_with_plain_peft(tiny_policy, tiny_tokenizer, tmp_path):
+    """pitfall 33: the second adapter's folder names the merged first policy as its base."""
+    first = add_lora(load_policy(tiny_policy), LORA)
+    randomize_adapter(first, seed=3)
+    save_model(first, tiny_tokenizer, tmp_path / "sft")
+    merged = load_policy(tmp_path / "sft")
+    save_merged_base(merged, tiny_tokenizer, tmp_path / "ppo")
+    second = add_lora(merged, LORA)
+    randomize_adapter(second, seed=4)
+    second.eval()
+    save_model(second, tiny_tokenizer, tmp_path / "ppo")
+    expected = plain_logprobs(second, PROMPT + RESPONSE)
+    for loaded in (
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ppo"),
+        load_policy(tmp_path / "ppo"),
+    ):
+        torch.testing.assert_close(
+            plain_logprobs(loaded, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_scalar_model_round_trip(tiny_policy, tiny_tokenizer, tmp_path, adapted):
+    torch.manual_seed(0)
+    model = load_scalar_model(tiny_policy)
+    if adapted:
+        model = add_lora(model, LORA)
+        randomize_adapter(model)
+        model.eval()
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert any("score" in n for n in trainable)
+        assert not any("score" in n and "lora" in n for n in trainable)
+    ids, mask = padded([[5, 6, 7], [8, 9]], "right", 4)
+    base = model.get_base_model() if adapted else model
+    base.config.fastrl_score_bias = 0.25
+    with torch.no_grad():
+        expected = last_token_scores(model, ids, mask)
+    save_model(model, tiny_tokenizer, tmp_path / "reward")
+    with torch.no_grad():
+        again = last_token_scores(load_scalar_model(tmp_path / "reward"), ids, mask)
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+    if adapted:
+        plain = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+            tmp_path / "reward", num_labels=1
+        )
+    else:
+        plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    with torch.no_grad():
+        logits = plain(torch.tensor([[5, 6, 7]])).logits[0, 0]
+    torch.testing.assert_close(logits - 0.25, expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_other_architectures_reach_backbone_and_head(tiny_tokenizer):
+    """Absolute positions (GPT-2) and a softcapped head (Gemma 2) give eager's log-probs under left
+    padding.
+    """
+    shared = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared)
+    gemma2 = transformers.Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        head_dim=8, num_key_value_heads=2, final_logit_softcapping=2.0, initializer_range=0.2,
+        **shared,
+    )  # fmt: skip
+    for config in (gpt2, gemma2):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        ids, mask = padded([PROMPT + RESPONSE], "left", 10)
+        with torch.no_grad():
+            logprobs = response_logprobs(model, ids, mask, torch.ones(1, 3).bool(), temperature=1.0)
+        expected = plain_logprobs(model, PROMPT + RESPONSE)[-3:]
+        torch.testing.assert_close(logprobs[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scaled_logits_are_refused(tiny_policy):
+    model = load_policy(tiny_policy)
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match="logits_scaling"):
+        lm_head(model)
+
+
+def test_bad_models(tiny_policy, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="dtype"):
+        load_policy(tiny_policy, dtype="float8")
+    with pytest.raises(ValueError, match="rank"):
+        add_lora(load_policy(tiny_policy), LoRASettings(0, 8, 0.0, "all-linear"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="base_model_name_or_path"):
+        load_policy(tmp_path / "adapter")
+
+
+def test_tokenizer_without_pad_or_eos(tiny_tokenizer, tmp_path):
+    """pitfall 18: pad falls back to eos; with neither there is a clear error."""
+    plain = {"tokenizer_object": tiny_tokenizer.backend_tokenizer}
+    transformers.PreTrainedTokenizerFast(**plain, eos_token="<eos>").save_pretrained(
+        tmp_path / "eos"
+    )
+    assert load_tokenizer(tmp_path / "eos").pad_token_id == 1
+    transformers.PreTrainedTokenizerFast(**plain).save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="expected an eos token"):
+        load_tokenizer(tmp_path / "none")
+
+
+def test_schedule_and_step(tiny_policy):
+    model = load_policy(tiny_policy)
+    optimizer = make_optimizer(model, learning_rate=1.0, weight_decay=0.1)
+    schedule = make_schedule(optimizer, kind="linear", warmup_steps=2, total_steps=6)
+    used = []
+    for _ in range(6):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert used == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+    with pytest.raises(ValueError, match="cosine"):
+        make_schedule(optimizer, kind="cosin", warmup_steps=0, total_steps=2)
+    with pytest.raises(NonFiniteError, match="step 7"):
+        check_finite(float("nan"), 7)
+
+
+def test_gradients_are_clipped_and_a_nan_gradient_changes_nothing(tiny_policy):
+    model = load_policy(tiny_policy)
+    optimizer = make_optimizer(model, learning_rate=0.1)
+    weight = model.lm_head.weight
+    weight.grad = torch.full_like(weight, 3.0)
+    before = weight.detach().clone()
+    norm = optimizer_step(model, optimizer, None, max_grad_norm=1.0, step=1)
+    assert norm == pytest.approx(3.0 * weight.numel() ** 0.5) and not torch.equal(weight, before)
+    before = weight.detach().clone()
+    weight.grad = torch.full_like(weight, float("nan"))
+    with pytest.raises(NonFiniteError, match="step 2"):
+        optimizer_step(model, optimizer, None, max_grad_norm=1.0, step=2)
+    assert torch.equal(weight, before)
+
+
+def test_checkpoints_are_pruned_and_never_hold_nan(tiny_policy, tiny_tokenizer, tmp_path):
+    model = load_policy(tiny_policy)
+    for step in (1, 2, 3):
+        save_checkpoint(model, tiny_tokenizer, tmp_path, step, keep=2)
+    kept = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == ["step-000002", "step-000003"]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="lm_head"):
+        save_checkpoint(model, tiny_tokenizer, tmp_path, 4)
+    assert last_checkpoint(tmp_path).name == "step-000003"
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(last_checkpoint(tmp_path)).lm_head
+        is not None
+    )
