@@ -1,0 +1,205 @@
+// Vectors of fp32 as wide as the instruction set, with loads and stores for every element type.
+//
+// Built on the compilers' vector extensions, so one source serves all instruction sets; intrinsics stand only
+// where the extension has no word for the instruction. Include from files compiled with FASTRL_ISA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../dtypes.h"
+
+namespace fastrl::cpu::FASTRL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+inline vfloat broadcast(float value) { return vfloat{} + value; }
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// a > b ? a : b, so b when either is NaN.
+inline vfloat vmax(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// a < b ? a : b, so b when either is NaN.
+inline vfloat vmin(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Half precision without F16C: fp16 has 5 exponent bits, so moving the bits into fp32's place and multiplying by
+// 2^112 (112 = 127 - 15) gives the value, subnormals included; inf and NaN keep a full exponent.
+inline float fp16_to_float(uint16_t bits) {
+  uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;
+  float value = bit_cast<float>(magnitude) * 0x1p112f;
+  if ((bits & 0x7c00) == 0x7c00) value = bit_cast<float>(magnitude | 0x7f800000u);
+  return bit_cast<float>(bit_cast<uint32_t>(value) | static_cast<uint32_t>(bits & 0x8000) << 16);
+}
+
+inline uint16_t float_to_fp16(float value) {
+  uint32_t bits = bit_cast<uint32_t>(value);
+  uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+  if (bits < 0x38800000) {                       // subnormal: let the adder round to 2^-24
+    float shifted = bit_cast<float>(bits) + 0.5f;
+    return sign | static_cast<uint16_t>(bit_cast<uint32_t>(shifted) - 0x3f000000u);
+  }
+  bits += 0xfff + ((bits >> 13) & 1);  // round to nearest even
+  return sign | static_cast<uint16_t>((bits - 0x38000000u) >> 13);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(fp16 x) { return fp16_to_float(x.bits); }
+
+inline vfloat load(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline vfloat load(const bf16* p) {
+  vhalf bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bit_cast<vfloat>(__builtin_convertvector(bits, vuint) << 16);
+}
+
+inline vfloat load(const fp16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = fp16_to_float(p[i].bits);
+  return v;
+#endif
+}
+
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Rounds to nearest even; NaN stays NaN.
+inline void store(bf16* p, vfloat v) {
+  vuint bits = bit_cast<vuint>(v);
+  vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vuint quiet_nan = (bits >> 16) | 0x40;
+  vhalf half = __builtin_convertvector(v == v ? rounded : quiet_nan, vhalf);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+inline void store(fp16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_fp16(v[i]);
+#endif
+}
+
+// The first `count` < kLanes elements; the other lanes hold `fill`.
+template <typename T>
+inline vfloat load_partial(const T* p, int64_t count, float fill) {
+  vfloat v = broadcast(fill);
+  for (int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+template <typename T>
+inline void store_partial(T* p, int64_t count, vfloat v) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
+template <typename T>
+inline void store_scalar(T* p, float value) {
+  store_partial(p, 1, broadcast(value));
+}
+
+// Fixed order, so sums repeat bit for bit.
+inline float reduce_add(vfloat v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float reduce_max(vfloat v) {
+  float best = -kInf;
+  for (int i = 0; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// 2^x: 0 below -126 (no subnormals), infinity from 128, NaN stays NaN. Relative error under 2e-7 (degree 6).
+inline vfloat exp2(vfloat x) {
+  vfloat clamped = vmin(broadcast(128.0f), vmax(broadcast(-127.0f), x));
+#if defined(__AVX512F__)
+  vfloat n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vfloat kRound = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vfloat n = (clamped + kRound) - kRound;
+#endif
+  vfloat f = clamped - n;  // in [-0.5, 0.5]
+  vfloat p = broadcast(1.54353931e-4f);
+  p = p * f + 1.33988654e-3f;
+  p = p * f + 9.61817451e-3f;
+  p = p * f + 5.55032305e-2f;
+  p = p * f + 2.40226509e-1f;
+  p = p * f + 6.93147185e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  vfloat result = _mm512_scalef_ps(p, n);
+#else
+  vfloat result = bit_cast<vfloat>(bit_cast<vint>(p) + (__builtin_convertvector(n, vint) << 23));
+#endif
+  return x < broadcast(-126.0f) ? broadcast(0.0f) : result;
+}
+
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// e^x; see exp2.
+inline vfloat exp(vfloat x) { return exp2(x * kLog2e); }
+
+}  // namespace fastrl::cpu::FASTRL_ISA

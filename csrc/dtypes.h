@@ -1,0 +1,36 @@
+// Element types of the tensors that kernels read and write, and the switch from a run-time code to a type.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fastrl {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// The codes that fastrl/ops/backend.py passes.
+enum class DType : int { f32 = 0, bf16 = 1, fp16 = 2 };
+
+// Calls body with a value of the element type that `dtype` names: body(bf16{}).
+template <typename Body>
+auto dispatch_dtype(int dtype, const char* op, Body&& body) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::fp16:
+      return body(fp16{});
+  }
+  throw std::invalid_argument(std::string(op) + ": dtype code: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                              std::to_string(dtype));
+}
+
+}  // namespace fastrl
