@@ -1,5 +1,6 @@
-// Every function of fastrl._C. Pointers and streams come in as integers: the module includes no torch header.
-// Python (fastrl/ops) has validated shapes and allocated the outputs; the GIL is released while kernels run.
+// Every function of fastrl._C. Pointers and streams come in as integers: the module includes no
+// torch header. Python (fastrl/ops) has validated shapes and allocated the outputs; the GIL is
+// released while kernels run.
 
 #include <pybind11/pybind11.h>
 
@@ -30,10 +31,10 @@ namespace {
 
 // Calls cpu::<isa>::op(...) for the instruction set in use.
 #if defined(__x86_64__)
-#define FASTRL_CALL(op, ...)                                                             \
-  (active_isa() == Isa::avx512                                                           \
-       ? cpu::avx512::op(__VA_ARGS__)                                                    \
-       : active_isa() == Isa::avx2 ? cpu::avx2::op(__VA_ARGS__) : cpu::baseline::op(__VA_ARGS__))
+#define FASTRL_CALL(op, ...)                                  \
+  (active_isa() == Isa::avx512 ? cpu::avx512::op(__VA_ARGS__) \
+   : active_isa() == Isa::avx2 ? cpu::avx2::op(__VA_ARGS__)   \
+                               : cpu::baseline::op(__VA_ARGS__))
 #else
 #define FASTRL_CALL(op, ...) cpu::baseline::op(__VA_ARGS__)
 #endif
@@ -56,7 +57,8 @@ void token_logprobs_fwd(const py::tuple& logits, uintptr_t token_ids, uintptr_t 
   py::gil_scoped_release release;
   FASTRL_CALL(token_logprobs_fwd, logits_rows, pointer<const int64_t>(token_ids),
               pointer<const bool>(mask), rows, vocab, inv_temperature, softcap,
-              pointer<float>(logprobs), pointer<float>(row_stats), pointer<float>(entropy), threads);
+              pointer<float>(logprobs), pointer<float>(row_stats), pointer<float>(entropy),
+              threads);
 }
 
 void token_logprobs_bwd(const py::tuple& logits, uintptr_t token_ids, uintptr_t mask,
@@ -78,22 +80,25 @@ void token_logprobs_bwd(const py::tuple& logits, uintptr_t token_ids, uintptr_t 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastrl: raw addresses in, results written in place.";
 
-  m.def("cpu_isa", [] { return cpu::isa_name(active_isa()); },
-        "Instruction set in use: avx512, avx2 or baseline (FASTRL_CPU_ISA forces one).");
+  m.def(
+      "cpu_isa", [] { return cpu::isa_name(active_isa()); },
+      "Instruction set in use: avx512, avx2 or baseline (FASTRL_CPU_ISA forces one).");
 #ifdef FASTRL_WITH_CUDA
   m.attr("has_cuda") = true;
-  m.def("cuda_runtime_version", &cuda::runtime_version, "Version of the linked cudart, 13000 = 13.0.");
+  m.def("cuda_runtime_version", &cuda::runtime_version,
+        "Version of the linked cudart, 13000 = 13.0.");
   m.def("cuda_driver_version", &cuda::driver_version, "Version of the driver; 0 if there is none.");
   m.def("cuda_device_count", &cuda::device_count, "Number of CUDA devices; 0 without a driver.");
 #else
   m.attr("has_cuda") = false;
 #endif
 
-  m.def("token_logprobs_fwd", &token_logprobs_fwd, py::arg("logits"), py::arg("token_ids"),
-        py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("inv_temperature"),
-        py::arg("softcap"), py::arg("logprobs"), py::arg("row_stats"), py::arg("entropy"),
-        py::arg("threads"),
-        "Log-prob of each token, (max, log-sum) of each row and, if entropy is not 0, its entropy.");
+  m.def(
+      "token_logprobs_fwd", &token_logprobs_fwd, py::arg("logits"), py::arg("token_ids"),
+      py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("inv_temperature"),
+      py::arg("softcap"), py::arg("logprobs"), py::arg("row_stats"), py::arg("entropy"),
+      py::arg("threads"),
+      "Log-prob of each token, (max, log-sum) of each row and, if entropy is not 0, its entropy.");
   m.def("token_logprobs_bwd", &token_logprobs_bwd, py::arg("logits"), py::arg("token_ids"),
         py::arg("mask"), py::arg("row_stats"), py::arg("logprobs"), py::arg("entropy"),
         py::arg("dlogprobs"), py::arg("dentropy"), py::arg("rows"), py::arg("vocab"),

@@ -1,4 +1,5 @@
-// Element types of the tensors that kernels read and write, and the switch from a run-time code to a type.
+// Element types of the tensors that kernels read and write, and the switch from a run-time code to
+// a type.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +30,9 @@ auto dispatch_dtype(int dtype, const char* op, Body&& body) {
     case DType::fp16:
       return body(fp16{});
   }
-  throw std::invalid_argument(std::string(op) + ": dtype code: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " +
-                              std::to_string(dtype));
+  throw std::invalid_argument(
+      std::string(op) + ": dtype code: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+      std::to_string(dtype));
 }
 
 }  // namespace fastrl

@@ -1,8 +1,9 @@
 // Table of contents: every host function of the CPU kernels, declared in fastrl::cpu::<FASTRL_ISA>.
 // Included once per instruction set, hence no include guard.
 //
-// Conventions: outputs are preallocated by the caller; `mask` may be null (keep all); a `Rows` argument
-// addresses the rows of a tensor whose leading dimensions collapse to two; `threads` is the OpenMP team.
+// Conventions: outputs are preallocated by the caller; `mask` may be null (keep all); a `Rows`
+// argument addresses the rows of a tensor whose leading dimensions collapse to two; `threads` is
+// the OpenMP team.
 
 #ifndef FASTRL_ISA
 #error "define FASTRL_ISA before including ops.h"

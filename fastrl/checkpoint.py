@@ -30,13 +30,9 @@ def save_model(
     Raises:
         NonFiniteError: a trainable weight is NaN or infinite.
     """
-    bad = [
-        n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()
-    ]
+    bad = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if bad:
-        raise NonFiniteError(
-            f"save_model: {bad[0]} (of {len(bad)} weights) is not finite: {folder} left as it was"
-        )
+        raise NonFiniteError(f"save_model: {bad[0]} (of {len(bad)} weights) is not finite: {folder} left as it was")
     folder = Path(folder)
     staging = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)

@@ -23,9 +23,7 @@ class MetricsLog:
     printed to stdout.
     """
 
-    def __init__(
-        self, output: str | Path, *, total: int, title: str, print_every: int = 10
-    ) -> None:
+    def __init__(self, output: str | Path, *, total: int, title: str, print_every: int = 10) -> None:
         Path(output).mkdir(parents=True, exist_ok=True)
         self.path = Path(output) / "metrics.jsonl"
         self._file = self.path.open("w", encoding="utf-8")
@@ -89,9 +87,7 @@ def peak_memory_gib(device: str | torch.device = "cpu") -> float:
     """Peak memory in GiB: allocated on a CUDA device, else the resident set of this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    )  # ru_maxrss is in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB on Linux
 
 
 def _short(value: object) -> str:

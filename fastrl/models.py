@@ -105,18 +105,12 @@ def load_scalar_model(
     path = _existing(path)
     if is_adapter(path) and _adapter_config(path).get("task_type") == "SEQ_CLS":
         model = _merged(load_scalar_model(adapter_base(path), dtype=dtype, device=device), path)
-        stored = (
-            transformers.AutoConfig.from_pretrained(path)
-            if (Path(path) / "config.json").is_file()
-            else None
-        )
+        stored = transformers.AutoConfig.from_pretrained(path) if (Path(path) / "config.json").is_file() else None
         for field in SCORE_FIELDS:
             if hasattr(stored, field):
                 setattr(model.config, field, getattr(stored, field))
     elif not is_adapter(path) and _is_scalar_checkpoint(path):
-        model = _from_pretrained(
-            transformers.AutoModelForSequenceClassification, path, dtype, num_labels=1
-        )
+        model = _from_pretrained(transformers.AutoModelForSequenceClassification, path, dtype, num_labels=1)
         model = model.to(device)
     else:
         model = _with_scalar_head(load_policy(path, dtype=dtype, device=device))
@@ -208,17 +202,11 @@ def lm_head(model: nn.Module) -> Head:
     config = base.config.get_text_config()
     for field in ("logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"lm_head: config.{field}: expected 1, got {getattr(config, field)}; unsupported"
-            )
+            raise ValueError(f"lm_head: config.{field}: expected 1, got {getattr(config, field)}; unsupported")
     head = base.get_output_embeddings()
     lora = None
     if isinstance(head, ModulesToSaveWrapper):
-        head = (
-            head.original_module
-            if head.disable_adapters
-            else head.modules_to_save[_only(head.active_adapters)]
-        )
+        head = head.original_module if head.disable_adapters else head.modules_to_save[_only(head.active_adapters)]
     elif isinstance(head, LoraLayer):
         lora, head = _head_adapter(head), head.get_base_layer()
     if not isinstance(head, nn.Linear):
@@ -297,9 +285,7 @@ def _head_adapter(layer: Any) -> LoRAHead | None:
         return None
     name = _only(layer.active_adapters)
     if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
-        raise ValueError(
-            "lm_head: lora_dropout: expected 0 on an adapted output head, got a positive one"
-        )
+        raise ValueError("lm_head: lora_dropout: expected 0 on an adapted output head, got a positive one")
     return LoRAHead(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
@@ -340,25 +326,18 @@ def _existing(path: str | Path) -> str:
     """path as text; a path that is written as one must be a folder (else it is taken for a hub
     id).
     """
-    looks_local = (
-        isinstance(path, Path) or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
-    )
+    looks_local = isinstance(path, Path) or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"model folder {path}: not found; give a folder in Hugging Face format or a hub id"
-        )
+        raise FileNotFoundError(f"model folder {path}: not found; give a folder in Hugging Face format or a hub id")
     return str(Path(path).expanduser()) if looks_local else str(path)
 
 
 def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **options: Any) -> Any:
     with quiet_transformers():
-        model, info = auto_class.from_pretrained(
-            path, dtype=torch_dtype(dtype), output_loading_info=True, **options
-        )
+        model, info = auto_class.from_pretrained(path, dtype=torch_dtype(dtype), output_loading_info=True, **options)
     if info["missing_keys"]:
         raise ValueError(
-            f"{path}: expected the weights of a {type(model).__name__}, missing"
-            f" {sorted(info['missing_keys'])[:4]}"
+            f"{path}: expected the weights of a {type(model).__name__}, missing {sorted(info['missing_keys'])[:4]}"
         )
     return model
 

@@ -40,9 +40,7 @@ def make_optimizer(
     return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps)
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, *, kind: str, warmup_steps: int, total_steps: int
-) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, *, kind: str, warmup_steps: int, total_steps: int) -> LambdaLR:
     """Linear warm-up over ``warmup_steps``, then ``kind`` ("constant", "linear" or "cosine") to 0
     at ``total_steps``.
 
@@ -50,9 +48,7 @@ def make_schedule(
     the lr in use.
     """
     if kind not in SCHEDULES:
-        raise ValueError(
-            f"make_schedule: kind: expected one of {', '.join(SCHEDULES)}, got {kind!r}"
-        )
+        raise ValueError(f"make_schedule: kind: expected one of {', '.join(SCHEDULES)}, got {kind!r}")
     decay = SCHEDULES[kind]
 
     def factor(step: int) -> float:
@@ -92,9 +88,7 @@ def optimizer_step(
     grad_norm = float(nn.utils.clip_grad_norm_(trainable, limit))
     if not math.isfinite(grad_norm):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"gradient norm is {grad_norm} at step {step}: training stopped before the update"
-        )
+        raise NonFiniteError(f"gradient norm is {grad_norm} at step {step}: training stopped before the update")
     optimizer.step()
     if schedule is not None:
         schedule.step()

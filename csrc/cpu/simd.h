@@ -1,7 +1,8 @@
 // Vectors of fp32 as wide as the instruction set, with loads and stores for every element type.
 //
-// Built on the compilers' vector extensions, so one source serves all instruction sets; intrinsics stand only
-// where the extension has no word for the instruction. Include from files compiled with FASTRL_ISA.
+// Built on the compilers' vector extensions, so one source serves all instruction sets; intrinsics
+// stand only where the extension has no word for the instruction. Include from files compiled with
+// FASTRL_ISA.
 #pragma once
 
 #include <cmath>
@@ -64,8 +65,9 @@ inline vfloat vmin(vfloat a, vfloat b) {
 #endif
 }
 
-// Half precision without F16C: fp16 has 5 exponent bits, so moving the bits into fp32's place and multiplying by
-// 2^112 (112 = 127 - 15) gives the value, subnormals included; inf and NaN keep a full exponent.
+// Half precision without F16C: fp16 has 5 exponent bits, so moving the bits into fp32's place and
+// multiplying by 2^112 (112 = 127 - 15) gives the value, subnormals included; inf and NaN keep a
+// full exponent.
 inline float fp16_to_float(uint16_t bits) {
   uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;
   float value = bit_cast<float>(magnitude) * 0x1p112f;
@@ -172,7 +174,8 @@ inline float reduce_max(vfloat v) {
   return best;
 }
 
-// 2^x: 0 below -126 (no subnormals), infinity from 128, NaN stays NaN. Relative error under 2e-7 (degree 6).
+// 2^x: 0 below -126 (no subnormals), infinity from 128, NaN stays NaN. Relative error under 2e-7
+// (degree 6).
 inline vfloat exp2(vfloat x) {
   vfloat clamped = vmin(broadcast(128.0f), vmax(broadcast(-127.0f), x));
 #if defined(__AVX512F__)

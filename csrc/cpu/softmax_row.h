@@ -9,8 +9,8 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
-// x = softcap * tanh(logit / softcap) if softcap > 0, else the logit; -inf stays -inf either way, so that banned
-// tokens stay banned.
+// x = softcap * tanh(logit / softcap) if softcap > 0, else the logit; -inf stays -inf either way,
+// so that banned tokens stay banned.
 struct LogitMap {
   float inv_temperature;
   float softcap;
@@ -24,8 +24,9 @@ struct LogitMap {
   }
 };
 
-// Over d_v = (x_v - max) / temperature: log_sum = log sum_v e^d_v and mean = sum_v p_v d_v. The maximum is kept apart
-// from the log-sum so that a large common offset of the logits costs no precision.
+// Over d_v = (x_v - max) / temperature: log_sum = log sum_v e^d_v and mean = sum_v p_v d_v. The
+// maximum is kept apart from the log-sum so that a large common offset of the logits costs no
+// precision.
 struct RowStats {
   float max;
   float log_sum;
@@ -33,7 +34,8 @@ struct RowStats {
   float entropy() const { return max == -kInf ? 0.0f : log_sum - mean; }
 };
 
-// Elements per block: the block's second reading (exponentials, after the maximum is known) hits the L1 cache.
+// Elements per block: the block's second reading (exponentials, after the maximum is known) hits
+// the L1 cache.
 constexpr int64_t kSoftmaxBlock = 2048;
 
 // exp2's argument underflows below this anyway; the bound keeps (-inf) * 0 out of the weighted sum.
@@ -112,7 +114,8 @@ struct RowUpstream {
 };
 
 // d(dlogprob * log p_t + dentropy * H) / d logit_v
-//   = (dlogprob * ([v = t] - p_v) - dentropy * p_v * (log p_v + H)) / temperature * (1 - (x_v / softcap)^2)
+//   = (dlogprob * ([v = t] - p_v) - dentropy * p_v * (log p_v + H)) / temperature * (1 - (x_v /
+//   softcap)^2)
 // `out` may be `logits` itself.
 template <bool kSoftcap, bool kEntropy, typename T, typename Out>
 void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, const RowStats& stats,
@@ -142,7 +145,8 @@ void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, cons
     }
     return d;
   };
-  // The target's entry uses 1 - p = -expm1(log p): exact where p rounds to 1. Computed before `out` overwrites it.
+  // The target's entry uses 1 - p = -expm1(log p): exact where p rounds to 1. Computed before `out`
+  // overwrites it.
   float target = to_float(logits[token_id]);
   float target_x = map.capped<kSoftcap>(broadcast(target))[0];
   float d = -up.dlogprob * std::expm1(logprob);

@@ -1,5 +1,6 @@
-// Log-prob (and entropy) of given tokens from logits: one pass forward, one read and one write backward.
-// Every row is done by one thread in a fixed order, so results do not depend on batch size or thread count.
+// Log-prob (and entropy) of given tokens from logits: one pass forward, one read and one write
+// backward. Every row is done by one thread in a fixed order, so results do not depend on batch
+// size or thread count.
 
 #include "../checks.h"
 #include "../ops.h"
@@ -59,9 +60,8 @@ void token_logprobs_bwd(Rows logits, const int64_t* token_ids, const bool* mask,
           stats.mean = stats.log_sum - entropy[m];
           up.dentropy = dentropy[m];
         }
-        softmax_row_gradient<cap.value, with_entropy.value>(logits.row<const T>(m), vocab,
-                                                            token_ids[m], stats, logprobs[m], up,
-                                                            map, out);
+        softmax_row_gradient<cap.value, with_entropy.value>(
+            logits.row<const T>(m), vocab, token_ids[m], stats, logprobs[m], up, map, out);
       }
     });
   });

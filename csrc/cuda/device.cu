@@ -1,7 +1,8 @@
-// Queries about the CUDA part that `fastrl doctor` prints. cudart is linked statically, so they answer without a driver.
-#include "device.h"
-
+// Queries about the CUDA part that `fastrl doctor` prints. cudart is linked statically, so they
+// answer without a driver.
 #include <cuda_runtime.h>
+
+#include "device.h"
 
 namespace fastrl::cuda {
 namespace {

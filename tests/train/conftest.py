@@ -32,9 +32,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
 
 
 def tiny_config(**overrides) -> LlamaConfig:
@@ -71,8 +69,6 @@ def tiny_scalar(tmp_path_factory, tiny_tokenizer) -> Path:
     """Folder of a two-layer Llama reward model with one output."""
     folder = tmp_path_factory.mktemp("tiny") / "scalar"
     torch.manual_seed(1)
-    AutoModelForSequenceClassification.from_config(tiny_config(num_labels=1)).save_pretrained(
-        folder
-    )
+    AutoModelForSequenceClassification.from_config(tiny_config(num_labels=1)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

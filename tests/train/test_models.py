@@ -79,13 +79,9 @@ def test_response_logprobs_mask_and_entropy(tiny_policy):
     ids, mask = padded([PROMPT + RESPONSE], "left", 10)
     response_mask = torch.tensor([[True, True, False]])
     with torch.no_grad():
-        logprobs, entropy = response_logprobs(
-            model, ids, mask, response_mask, temperature=1.0, return_entropy=True
-        )
+        logprobs, entropy = response_logprobs(model, ids, mask, response_mask, temperature=1.0, return_entropy=True)
         rows = model(torch.tensor([PROMPT + RESPONSE])).logits[0, 3:6].log_softmax(-1)
-    torch.testing.assert_close(
-        entropy[0, :2], -(rows.exp() * rows).sum(-1)[:2], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(entropy[0, :2], -(rows.exp() * rows).sum(-1)[:2], atol=1e-5, rtol=1e-5)
     assert logprobs[0, 2] == 0 and entropy[0, 2] == 0
     with pytest.raises(ValueError, match="at least one prompt token"):
         response_logprobs(model, ids, mask, torch.ones(1, 10).bool(), temperature=1.0)
@@ -96,11 +92,7 @@ def test_adapter_on_the_head_counts(tiny_policy, kind):
     """pitfall 30: LoRA or a trained copy on lm_head changes the log-probs exactly as it does in
     eager.
     """
-    config = (
-        {"target_modules": ["q_proj", "lm_head"]}
-        if kind == "lora"
-        else {"target_modules": ["q_proj"]}
-    )
+    config = {"target_modules": ["q_proj", "lm_head"]} if kind == "lora" else {"target_modules": ["q_proj"]}
     saved = None if kind == "lora" else ["lm_head"]
     model = peft.get_peft_model(
         load_policy(tiny_policy),
@@ -114,9 +106,7 @@ def test_adapter_on_the_head_counts(tiny_policy, kind):
     arguments = (ids, mask, torch.ones(1, 3).bool())
     with torch.no_grad():
         adapted = response_logprobs(model, *arguments, temperature=1.0)
-        torch.testing.assert_close(
-            adapted[0], plain_logprobs(model, PROMPT + RESPONSE)[-3:], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(adapted[0], plain_logprobs(model, PROMPT + RESPONSE)[-3:], atol=1e-5, rtol=1e-5)
         with model.disable_adapter():
             reference = response_logprobs(model, *arguments, temperature=1.0)
     expected = plain_logprobs(load_policy(tiny_policy), PROMPT + RESPONSE)[-3:]
@@ -137,10 +127,7 @@ def test_score_is_of_the_last_kept_token(tiny_scalar, side, pad):
         scores = last_token_scores(model, ids, mask)
         every = token_scores(model, ids, mask)
         plain = torch.stack(
-            [
-                model.score(model.model(torch.tensor([s])).last_hidden_state[0, -1])[0]
-                for s in sequences
-            ]
+            [model.score(model.model(torch.tensor([s])).last_hidden_state[0, -1])[0] for s in sequences]
         )
     torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
     last = [7] * 3 if side == "left" else [len(s) - 1 for s in sequences]
@@ -189,14 +176,10 @@ def test_policy_adapter_folder_loads_merged(tiny_policy, tiny_tokenizer, tmp_pat
     save_model(model, tiny_tokenizer, tmp_path / "sft")
     expected = plain_logprobs(model, PROMPT + RESPONSE)
     plain = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft")
-    torch.testing.assert_close(
-        plain_logprobs(plain, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(plain_logprobs(plain, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5)
     merged = load_policy(tmp_path / "sft")
     assert isinstance(merged, transformers.LlamaForCausalLM)
-    torch.testing.assert_close(
-        plain_logprobs(merged, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(plain_logprobs(merged, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5)
     assert load_tokenizer(tmp_path / "sft").pad_token_id == 0
 
 
@@ -216,9 +199,7 @@ def test_adapter_on_a_merged_adapter_loads_with_plain_peft(tiny_policy, tiny_tok
         peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ppo"),
         load_policy(tmp_path / "ppo"),
     ):
-        torch.testing.assert_close(
-            plain_logprobs(loaded, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(plain_logprobs(loaded, PROMPT + RESPONSE), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
@@ -242,9 +223,7 @@ def test_scalar_model_round_trip(tiny_policy, tiny_tokenizer, tmp_path, adapted)
         again = last_token_scores(load_scalar_model(tmp_path / "reward"), ids, mask)
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
     if adapted:
-        plain = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-            tmp_path / "reward", num_labels=1
-        )
+        plain = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1)
     else:
         plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     with torch.no_grad():
@@ -296,9 +275,7 @@ def test_bad_models(tiny_policy, tmp_path):
 def test_tokenizer_without_pad_or_eos(tiny_tokenizer, tmp_path):
     """pitfall 18: pad falls back to eos; with neither there is a clear error."""
     plain = {"tokenizer_object": tiny_tokenizer.backend_tokenizer}
-    transformers.PreTrainedTokenizerFast(**plain, eos_token="<eos>").save_pretrained(
-        tmp_path / "eos"
-    )
+    transformers.PreTrainedTokenizerFast(**plain, eos_token="<eos>").save_pretrained(tmp_path / "eos")
     assert load_tokenizer(tmp_path / "eos").pad_token_id == 1
     transformers.PreTrainedTokenizerFast(**plain).save_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="expected an eos token"):
@@ -347,7 +324,4 @@ def test_checkpoints_are_pruned_and_never_hold_nan(tiny_policy, tiny_tokenizer, 
     with pytest.raises(NonFiniteError, match="lm_head"):
         save_checkpoint(model, tiny_tokenizer, tmp_path, 4)
     assert last_checkpoint(tmp_path).name == "step-000003"
-    assert (
-        transformers.AutoModelForCausalLM.from_pretrained(last_checkpoint(tmp_path)).lm_head
-        is not None
-    )
+    assert transformers.AutoModelForCausalLM.from_pretrained(last_checkpoint(tmp_path)).lm_head is not None

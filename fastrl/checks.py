@@ -1,0 +1,52 @@
+"""Argument checks that the ops share. A failure is a ValueError: op, argument, expected, got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check(ok: bool, op: str, argument: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def check_float(op: str, argument: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        check(False, op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
+
+
+def check_shape(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        check(False, op, argument, f"shape {tuple(shape)}", tuple(tensor.shape))
+
+
+def check_device(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.device != like.device:
+        check(False, op, argument, f"a tensor on {like.device}", tensor.device)
+
+
+def check_ids(op: str, argument: str, ids: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        check(False, op, argument, "int64 or int32", ids.dtype)
+    check_shape(op, argument, ids, shape)
+    check_device(op, argument, ids, like)
+
+
+def check_mask(
+    op: str, mask: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, name: str = "mask"
+) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        check(False, op, name, "bool, True = keep", mask.dtype)
+    check_shape(op, name, mask, shape)
+    check_device(op, name, mask, like)
+
+
+def check_positive(op: str, argument: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        check(False, op, argument, "a positive number", value)

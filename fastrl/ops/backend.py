@@ -1,0 +1,165 @@
+"""Which implementation of an op runs, and how native ones are called.
+
+Backends: `reference` (plain torch, any device and dtype), `cpu` (C++), `triton`, `cuda`. The order of choice is the
+explicit argument, the environment variable FASTRL_BACKEND, then the best that the tensor's device and dtype allow.
+A request that cannot be met raises and lists what can; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch  # before _C, so that both share one OpenMP runtime
+
+try:
+    from fastrl import _C
+
+    NATIVE_ERROR = ""
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    NATIVE_ERROR = str(error)
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Native backends of every op, best first; `reference` is always there.
+NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
+    "token_logprobs": ("cpu",),
+    "linear_logprobs": ("cpu",),
+    "linear_cross_entropy": ("cpu",),
+    "lora_linear": ("cpu",),
+    "lora_linear_group": ("cpu",),
+    "gae": ("cpu",),
+    "ppo_advantages": ("cpu",),
+    "ppo_loss": ("cpu",),
+    "ranking_loss": ("cpu",),
+}
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/dtypes.h
+
+
+def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The reason why `backend` cannot run `op` on such tensors; empty if it can."""
+    if backend == "reference":
+        return ""
+    if backend not in NATIVE_BACKENDS[op]:
+        return f"{op} has no {backend} kernel in this version"
+    if backend == "cpu":
+        if _C is None:
+            return f"the native module fastrl._C is missing ({NATIVE_ERROR})"
+        if device_type != "cpu":
+            return f"tensors are on {device_type}"
+    if dtype not in DTYPE_CODES:
+        return f"dtype {dtype} (native kernels take float32, bfloat16, float16)"
+    return ""
+
+
+def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
+    """The backend that runs `op` on tensors like `tensor`."""
+    return choose_for(op, tensor.device.type, tensor.dtype, backend)
+
+
+def choose_for(op: str, device_type: str, dtype: torch.dtype, backend: str | None = None) -> str:
+    """See `choose`."""
+    source = "backend" if backend is not None else "FASTRL_BACKEND"
+    requested = backend if backend is not None else os.environ.get("FASTRL_BACKEND")
+    if requested:
+        return _require(op, requested, source, device_type, dtype)
+    for candidate in NATIVE_BACKENDS[op]:
+        if not why_not(candidate, op, device_type, dtype):
+            return candidate
+    return "reference"
+
+
+def _require(op: str, requested: str, source: str, device_type: str, dtype: torch.dtype) -> str:
+    if requested not in BACKENDS:
+        raise ValueError(f"{op}: {source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
+    reason = why_not(requested, op, device_type, dtype)
+    if reason:
+        able = [b for b in BACKENDS if not why_not(b, op, device_type, dtype)]
+        raise ValueError(f"{op}: {source}={requested!r} is not possible: {reason}; possible here: {', '.join(able)}")
+    return requested
+
+
+def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """(op, backend that would run, reason) for every op; what `fastrl doctor` prints."""
+    rows = []
+    for op, candidates in NATIVE_BACKENDS.items():
+        chosen = choose_for(op, device_type, dtype)
+        if os.environ.get("FASTRL_BACKEND"):
+            reason = "FASTRL_BACKEND asks for it"
+        elif chosen != "reference":
+            reason = f"native kernel ({_C.cpu_isa()})" if chosen == "cpu" else "native kernel"
+        else:
+            reason = "; ".join(f"{b}: {why_not(b, op, device_type, dtype)}" for b in candidates)
+        rows.append((op, chosen, reason))
+    return rows
+
+
+_LIBRARY = torch.library.Library("fastrl", "DEF")
+
+
+def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -> Callable[..., None]:
+    """Makes `kernels` (backend -> function) callable in eager mode and under torch.compile.
+
+    `schema` lists the arguments after `str backend`; outputs are preallocated and marked `Tensor(a!)`, nothing is
+    returned, so no shape function is needed. Eager calls go straight to the kernel; while compiling they become the
+    operator torch.ops.fastrl.<name>, which the compiler keeps as one node of the graph.
+    """
+    _LIBRARY.define(f"{name}(str backend, {schema}) -> ()")
+
+    def run(backend: str, *args: Any) -> None:
+        kernels[backend](*args)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"fastrl::{name}", lambda *args: None, lib=_LIBRARY)
+    operator = getattr(torch.ops.fastrl, name).default
+
+    def call(backend: str, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            operator(backend, *args)
+        else:
+            kernels[backend](*args)
+
+    return call
+
+
+def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """How C++ addresses the rows of `tensor` (see csrc/rows.h); `has_simple_rows` must hold."""
+    code = DTYPE_CODES[tensor.dtype]
+    if tensor.ndim == 1:
+        return tensor.data_ptr(), code, 1, 0, 0
+    (inner, outer_stride, inner_stride) = _collapse(tensor)  # type: ignore[misc]
+    return tensor.data_ptr(), code, inner, outer_stride, inner_stride
+
+
+def with_simple_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself if its last dimension is contiguous and the leading ones collapse to two; else a copy."""
+    if tensor.ndim <= 1:
+        return tensor.contiguous()
+    if (tensor.shape[-1] > 1 and tensor.stride(-1) != 1) or _collapse(tensor) is None:
+        return tensor.contiguous()
+    return tensor
+
+
+def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
+    """(inner, outer_stride, inner_stride) of the leading dimensions; None if they need more than two."""
+    dims: list[tuple[int, int]] = []  # (size, stride), innermost first
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if dims and stride == dims[-1][0] * dims[-1][1]:
+            dims[-1] = (dims[-1][0] * size, dims[-1][1])
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return None
+    dims += [(1, 0)] * (2 - len(dims))
+    return max(dims[0][0], 1), dims[1][1], dims[0][1]
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The address of the first element; 0 stands for an absent tensor."""
+    return 0 if tensor is None else tensor.data_ptr()

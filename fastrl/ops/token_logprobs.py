@@ -1,0 +1,141 @@
+"""Log-probability (and entropy) of given tokens, from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastrl.checks import check, check_float, check_ids, check_mask, check_positive
+from fastrl.ops.backend import _C, address, choose, native_op, rows, with_simple_rows
+from fastrl.reference import token_logprobs as reference
+
+OP = "token_logprobs"
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each given token under softmax(logits / temperature).
+
+        y[...] = x[..., i] - log sum_v exp x[..., v],   x = logits / temperature,   i = token_ids[...]
+
+    Same value as ``(logits / temperature).float().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`` without
+    an fp32 copy of the logits. The entropy is ``-(p * p.log()).sum(-1)`` in nats, from the same pass.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16 (float64 runs on `reference`). Any leading strides; copied only if
+            the last dimension is not contiguous or more than two leading strides remain. -inf bans a token.
+        token_ids: (...) int64 or int32 in [0, V).
+        mask: (...) bool, True = keep. Dropped positions return 0, get zero gradient, and may hold anything.
+        temperature: > 0, divides the (soft-capped) logits.
+        softcap: > 0; logits become softcap * tanh(logits / softcap) first; -inf stays -inf.
+        return_entropy: also return the entropy of each kept position.
+        backend: None chooses; else one of reference, cpu, triton, cuda.
+    Returns:
+        (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
+        A row of nothing but -inf gives log-prob -inf, entropy 0 and no gradient. A NaN logit gives NaN.
+    Raises:
+        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V).
+    Numerics: arithmetic and sums in fp32 with the maximum kept apart (a common offset of the logits costs nothing);
+        the target's gradient is -expm1(log p), exact where p is near 1; a row's bits do not depend on the batch.
+        The gradient has the dtype of the logits. Differentiable once.
+    Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
+    """
+    _check(logits, token_ids, mask, temperature, softcap)
+    backend = choose(OP, logits, backend)
+    if backend == "reference":
+        return reference.token_logprobs(logits, token_ids, mask, temperature, softcap or 0.0, return_entropy)
+    logprobs, entropy = _TokenLogprobs.apply(
+        with_simple_rows(logits),
+        token_ids.long().contiguous(),
+        None if mask is None else mask.contiguous(),
+        float(temperature),
+        float(softcap or 0.0),
+        return_entropy,
+        backend,
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _check(logits, token_ids, mask, temperature, softcap):
+    check(logits.ndim >= 1, OP, "logits", "shape (..., V)", tuple(logits.shape))
+    check_float(OP, "logits", logits)
+    check(logits.shape[-1] > 0, OP, "logits", "a vocabulary of at least 1", tuple(logits.shape))
+    check_ids(OP, "token_ids", token_ids, logits.shape[:-1], logits)
+    check_mask(OP, mask, logits.shape[:-1], logits)
+    check_positive(OP, "temperature", temperature)
+    check_positive(OP, "softcap", softcap)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, backend):
+        shape = logits.shape[:-1]
+        logprobs = logits.new_empty(shape, dtype=torch.float32)
+        row_stats = logits.new_empty((*shape, 2), dtype=torch.float32)
+        entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
+        _forward(
+            backend, logits, token_ids, mask, temperature, softcap,
+            logprobs, row_stats, entropy if return_entropy else None,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs, entropy)
+        ctx.options = (temperature, softcap, return_entropy, backend)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs, dentropy):
+        logits, token_ids, mask, row_stats, logprobs, entropy = ctx.saved_tensors
+        temperature, softcap, return_entropy, backend = ctx.options
+        dlogits = None
+        if ctx.needs_input_grad[0] and not (dlogprobs is None and dentropy is None):
+            with_entropy = return_entropy and dentropy is not None
+            if dlogprobs is None:
+                dlogprobs = torch.zeros_like(logprobs)
+            dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            _backward(
+                backend, logits, token_ids, mask, row_stats, logprobs, entropy,
+                dlogprobs.contiguous(), dentropy.contiguous() if with_entropy else None,
+                temperature, softcap, dlogits,
+            )  # fmt: skip
+        return dlogits, None, None, None, None, None, None
+
+
+def _forward_cpu(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
+    _C.token_logprobs_fwd(
+        rows(logits), address(token_ids), address(mask), token_ids.numel(), logits.shape[-1],
+        1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _backward_cpu(
+    logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits
+):
+    _C.token_logprobs_bwd(
+        rows(logits), address(token_ids), address(mask), address(row_stats), address(logprobs), address(entropy),
+        address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
+        1.0 / temperature, softcap, rows(dlogits), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_forward = native_op(
+    "token_logprobs_fwd",
+    "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, "
+    "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy",
+    {"cpu": _forward_cpu},
+)
+_backward = native_op(
+    "token_logprobs_bwd",
+    "Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_stats, Tensor logprobs, Tensor entropy, "
+    "Tensor dlogprobs, Tensor? dentropy, float temperature, float softcap, Tensor(a!) dlogits",
+    {"cpu": _backward_cpu},
+)

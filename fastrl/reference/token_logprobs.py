@@ -1,0 +1,43 @@
+"""token_logprobs in plain torch: any device, differentiable, in float64 when the logits are."""
+
+from __future__ import annotations
+
+import torch
+
+from fastrl.checks import check
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+    return_entropy: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """See `fastrl.ops.token_logprobs`; softcap 0 means none. Returns float64 for float64 logits."""
+    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    token_ids = torch.where(keep, token_ids.long(), 0)
+    check_range(token_ids, logits.shape[-1])
+    x = torch.where(keep[..., None], logits, 0)
+    x = x if x.dtype == torch.float64 else x.float()
+    if softcap > 0:
+        x = torch.where(x == -torch.inf, x, softcap * torch.tanh(x / softcap))
+    dead = (x == -torch.inf).all(-1)  # no distribution: log-prob -inf, entropy 0, no gradient
+    x = torch.where(dead[..., None], 0, x) / temperature
+    all_logprobs = x.log_softmax(-1)
+    logprobs = all_logprobs.gather(-1, token_ids[..., None])[..., 0].clamp(max=0)
+    logprobs = torch.where(keep, torch.where(dead, -torch.inf, logprobs), 0)
+    if not return_entropy:
+        return logprobs
+    finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0)  # 0 log 0 = 0
+    entropy = -(all_logprobs.exp() * finite).sum(-1)
+    return logprobs, torch.where(keep & ~dead, entropy, 0)
+
+
+def check_range(token_ids: torch.Tensor, vocab: int, op: str = "token_logprobs") -> None:
+    """Raises where an id is outside [0, vocab); skipped while compiling, where no value can be read."""
+    if torch.compiler.is_compiling() or token_ids.numel() == 0:
+        return
+    low, high = int(token_ids.min()), int(token_ids.max())
+    check(0 <= low and high < vocab, op, "token_ids", f"ids in [0, {vocab})", low if low < 0 else high)
