@@ -95,7 +95,9 @@ def load_examples(
                 else:
                     dropped["no response" if not turns else "empty response"] += 1
 
-    encoded = iter(encode(tokenizer, [t for turns in conversations for turn in turns for t in turn]))
+    encoded = iter(
+        encode(tokenizer, [t for turns in conversations for turn in turns for t in turn])
+    )
     examples, truncated = [], 0
     for turns in conversations:
         input_ids: list[int] = []
@@ -213,9 +215,7 @@ def split_holdout(
     return train, [items[index] for index in sorted(held)]
 
 
-def shuffled_batches(
-    count: int, batch_size: int, *, seed: int, epoch: int
-) -> Iterator[list[int]]:
+def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:
     """Batches of the indices 0..count-1 in an order fixed by (seed, epoch); the last may be short."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

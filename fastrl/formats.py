@@ -271,4 +271,6 @@ def _mistyped(key: str, expected: str, got: Any) -> ValueError:
 
 def _unknown(record: Record, kind: str, formats: tuple[str, ...]) -> ValueError:
     found = ", ".join(sorted(map(str, record))) or "none"
-    return ValueError(f"no known {kind} format: keys found: {found}; expected {' | '.join(formats)}")
+    return ValueError(
+        f"no known {kind} format: keys found: {found}; expected {' | '.join(formats)}"
+    )

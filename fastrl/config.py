@@ -1,0 +1,146 @@
+"""Configuration: a flat dataclass filled from a YAML file and the command line.
+
+    fastrl sft --config run.yaml --learning_rate 1e-4
+
+jsonargparse does the parsing and the type checks; this module names the nearest key where
+one is unknown and says plainly what is wrong with a value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, get_type_hints
+
+import jsonargparse
+import yaml
+
+Config = TypeVar("Config")
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+) -> Config:
+    """An instance of the flat dataclass `config_class`.
+
+    Later wins: field defaults, then `--config FILE` (YAML), then `--key value` or `--key=value`.
+    `--learning-rate` and `--learning_rate` are the same key. `--help` shows each field's
+    `field(metadata={"help": ...})`; `--print-config` prints the YAML that would be used.
+
+    Raises:
+        ValueError: unknown key (with the nearest known one), wrong type (with expected and got),
+            missing required keys, or a missing or broken YAML file.
+        SystemExit: after `--help` and `--print-config`.
+    """
+    arguments = _normalise(sys.argv[1:] if argv is None else list(argv))
+    parser = _parser(config_class, prog, description)
+    names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
+    _check_keys(arguments, names)
+    try:
+        namespace = parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_readable(str(error))) from error
+    try:
+        return config_class(**{name: namespace[name] for name in names})
+    except TypeError as error:
+        raise ValueError(f"{config_class.__name__}: {error}") from error
+
+
+def _parser(config_class: type, prog: str, description: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config="--print-config",
+    )
+    parser.add_argument(
+        "--config",
+        action=jsonargparse.ActionConfigFile,
+        help="YAML file with any of the keys below; keys on the command line win",
+    )
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        text = item.metadata.get("help", "")
+        options: dict[str, Any] = {"type": hints[item.name], "help": text}
+        if _required(item):
+            options["required"] = True
+        else:
+            factory = item.default_factory
+            options["default"] = item.default if factory is MISSING else factory()
+        parser.add_argument(f"--{item.name}", **options)
+    return parser
+
+
+def _required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _normalise(arguments: list[str]) -> list[str]:
+    """`--learning-rate=1` as `--learning_rate=1`; only `--print-config` keeps its dash."""
+    normalised = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key.startswith("--"):
+            key = "--" + key[2:].replace("-", "_")
+            key = "--print-config" if key == "--print_config" else key
+        normalised.append(key + equals + value)
+    return normalised
+
+
+def _check_keys(arguments: list[str], names: list[str]) -> None:
+    """Unknown keys, on the command line and in YAML files, with the nearest known one."""
+    known = [*names, "config", "help", "print-config"]
+    keys = [a[2:].partition("=")[0] for a in arguments if a.startswith("--") and a != "--"]
+    for key in keys:
+        if key.rstrip("+") not in known:
+            raise ValueError(f"unknown option --{key}{_nearest(key, names, '--')}")
+    for path in _config_files(arguments):
+        for key in _read_yaml(path):
+            if key not in names:
+                raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), names)}")
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    following = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"]
+    return following + [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"config file not found: {path}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config file {path} is not readable YAML: {error}") from error
+    if not isinstance(content, dict):
+        got = "an empty file" if content is None else type(content).__name__
+        raise ValueError(f"config file {path}: expected 'key: value' lines, got {got}")
+    return content
+
+
+def _nearest(key: str, names: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    return f"; known keys: {', '.join(names)}"
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's message as one plain line: key, expected, got."""
+    message = " ".join(message.split()).replace("typing.", "")
+    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("NoneType", "null")
+    key = re.match(r'Parser key "(\w+)": ', message)
+    expected = re.findall(r"Expected an? (.+?)(?=\. Got value| - Expected| Given value)", message)
+    got = re.search(r"(?:Got|Given) value: (.*)", message)
+    if key and expected and got:
+        return f"key '{key[1]}': expected {' or '.join(expected)}, got {got[1]}"
+    return message
