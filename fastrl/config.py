@@ -109,7 +109,7 @@ def _check_keys(arguments: list[str], names: list[str]) -> None:
 
 
 def _config_files(arguments: list[str]) -> list[str]:
-    following = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"]
+    following = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
     return following + [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
 
 

@@ -95,9 +95,7 @@ def load_examples(
                 else:
                     dropped["no response" if not turns else "empty response"] += 1
 
-    encoded = iter(
-        encode(tokenizer, [t for turns in conversations for turn in turns for t in turn])
-    )
+    encoded = iter(encode(tokenizer, [t for turns in conversations for turn in turns for t in turn]))
     examples, truncated = [], 0
     for turns in conversations:
         input_ids: list[int] = []
@@ -149,16 +147,12 @@ def load_preferences(
             dropped[f"prompt does not fit max_length {max_length}"] += 1
             continue
         responses = [response[:room] for response in whole]
-        ranked = {(tuple(ids), rank) for ids, rank in zip(responses, comparison.ranks)}
+        ranked = {(tuple(ids), rank) for ids, rank in zip(responses, comparison.ranks, strict=True)}
         if len(ranked) != len({ids for ids, _ in ranked}):
             dropped["responses are equal after tokenising and cutting"] += 1
             continue
         truncated += responses != whole
-        preferences.append(
-            Preference(
-                prompt_ids, responses, comparison.ranks, comparison.margin, comparison.criterion
-            )
-        )
+        preferences.append(Preference(prompt_ids, responses, comparison.ranks, comparison.margin, comparison.criterion))
     return preferences, _report(source, preferences, dropped, truncated)
 
 
@@ -188,7 +182,7 @@ def load_prompts(
                 readable.append(_readable(messages))
 
     items = []
-    for input_ids, text in zip(encode(tokenizer, rendered), readable):
+    for input_ids, text in zip(encode(tokenizer, rendered), readable, strict=True):
         if len(input_ids) > max_prompt_length:
             dropped[f"prompt longer than max_prompt_length {max_prompt_length}"] += 1
         else:
@@ -196,9 +190,7 @@ def load_prompts(
     return items, _report(source, items, dropped, truncated=0)
 
 
-def split_holdout(
-    items: Sequence[Item], fraction: float, seed: int
-) -> tuple[list[Item], list[Item]]:
+def split_holdout(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(train, held_out): a random share of the items set aside, both in their original order.
 
     `fraction` in [0, 1); above 0 at least one item is held out, and at least one stays.
@@ -225,9 +217,7 @@ def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> I
         yield order[start : start + batch_size]
 
 
-def pad(
-    sequences: Sequence[Sequence[int]], pad_value: int, *, side: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(sequences: Sequence[Sequence[int]], pad_value: int, *, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences as one tensor: (B, T) int64 and the (B, T) bool mask of what is no padding.
 
     `side` is `left` (for sampling) or `right`. The mask comes from the lengths, never from
@@ -256,9 +246,7 @@ def _located(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _report(
-    source: Source, items: Sequence[Any], dropped: Counter[str], truncated: int
-) -> LoadReport:
+def _report(source: Source, items: Sequence[Any], dropped: Counter[str], truncated: int) -> LoadReport:
     report = LoadReport(os.fspath(source), len(items), dropped.total(), truncated, dict(dropped))
     if not items:
         raise ValueError(f"no usable record in the data set; {report}")

@@ -69,10 +69,7 @@ def conversations(record: Record) -> list[list[Message]]:
     if "instruction" in record and "output" in record:
         return [[_task(record, record), _assistant(_text(record, "output"))]]
     if "instruction" in record and "instances" in record:
-        return [
-            [_task(record, instance), _assistant(_text(instance, "output"))]
-            for instance in _instances(record)
-        ]
+        return [[_task(record, instance), _assistant(_text(instance, "output"))] for instance in _instances(record)]
     raise _unknown(record, "instruction", INSTRUCTION_FORMATS)
 
 
@@ -123,7 +120,7 @@ def parse_transcript(text: str) -> list[Message]:
     """
     messages: list[Message] = []
     parts = re.split(r"\n\n(Human|Assistant):", text)
-    for speaker, content in zip(parts[1::2], parts[2::2]):
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
         role, content = "user" if speaker == "Human" else "assistant", content.strip()
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}".strip()
@@ -183,15 +180,14 @@ def _ranked(record: Record) -> tuple[list[Message], list[str], list[int]]:
         raise _mistyped(key, "a list of numbers", grades)
     if len(responses) < 2 or len(grades) != len(responses):
         raise ValueError(
-            f"'responses' and '{key}' must have the same length, at least 2; "
-            f"got {len(responses)} and {len(grades)}"
+            f"'responses' and '{key}' must have the same length, at least 2; got {len(responses)} and {len(grades)}"
         )
     sign = 1 if key == "ranks" else -1
     costs = [sign * _number(grade, key) for grade in grades]
     order = sorted(set(costs))
     ranks = [order.index(cost) for cost in costs]
     rank_of: dict[str, int] = {}
-    for response, rank in zip(responses, ranks):
+    for response, rank in zip(responses, ranks, strict=True):
         if rank_of.setdefault(response, rank) != rank:
             raise ValueError(f"identical responses with different {key}: {response[:60]!r}")
     if len(order) == 1:
@@ -271,6 +267,4 @@ def _mistyped(key: str, expected: str, got: Any) -> ValueError:
 
 def _unknown(record: Record, kind: str, formats: tuple[str, ...]) -> ValueError:
     found = ", ".join(sorted(map(str, record))) or "none"
-    return ValueError(
-        f"no known {kind} format: keys found: {found}; expected {' | '.join(formats)}"
-    )
+    return ValueError(f"no known {kind} format: keys found: {found}; expected {' | '.join(formats)}")

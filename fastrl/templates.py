@@ -14,10 +14,7 @@ from fastrl.formats import Message
 TEMPLATES = ("auto", "chat", "alpaca")
 
 # Taori et al. 2023, Stanford Alpaca, train.py: PROMPT_DICT.
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides "
     "further context. Write a response that appropriately completes the request."
@@ -72,8 +69,7 @@ def end_token_id(tokenizer: Any, template: str = "auto") -> int:
             return tail[0]
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no eos token, so no response could end; "
-            "set tokenizer.eos_token and save the tokenizer"
+            "the tokenizer has no eos token, so no response could end; set tokenizer.eos_token and save the tokenizer"
         )
     return tokenizer.eos_token_id
 
@@ -116,14 +112,10 @@ def _render_chat(tokenizer: Any, messages: list[Message], *, add_generation_prom
 
     joined = [{"role": m["role"], "content": join_input(m)} for m in messages]
     try:
-        return tokenizer.apply_chat_template(
-            joined, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(joined, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise ValueError(
-            f"the chat template refuses this conversation (roles: {roles}): {error}"
-        ) from error
+        raise ValueError(f"the chat template refuses this conversation (roles: {roles}): {error}") from error
 
 
 def join_input(message: Message) -> str:
