@@ -5,6 +5,8 @@ r rank. A mask is bool and True means keep. Log-probs are float32 nats. Dropped 
 and may hold anything in every input.
 """
 
+from fastrl.ops.linear_cross_entropy import linear_cross_entropy
+from fastrl.ops.linear_logprobs import linear_logprobs
 from fastrl.ops.token_logprobs import token_logprobs
 
-__all__ = ["token_logprobs"]
+__all__ = ["linear_cross_entropy", "linear_logprobs", "token_logprobs"]

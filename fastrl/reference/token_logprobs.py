@@ -35,9 +35,9 @@ def token_logprobs(
     return logprobs, torch.where(keep & ~dead, entropy, 0)
 
 
-def check_range(token_ids: torch.Tensor, vocab: int, op: str = "token_logprobs") -> None:
+def check_range(token_ids: torch.Tensor, vocab: int, op: str = "token_logprobs", name: str = "token_ids") -> None:
     """Raises where an id is outside [0, vocab); skipped while compiling, where no value can be read."""
     if torch.compiler.is_compiling() or token_ids.numel() == 0:
         return
     low, high = int(token_ids.min()), int(token_ids.max())
-    check(0 <= low and high < vocab, op, "token_ids", f"ids in [0, {vocab})", low if low < 0 else high)
+    check(0 <= low and high < vocab, op, name, f"ids in [0, {vocab})", low if low < 0 else high)
