@@ -27,9 +27,7 @@ SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
 
 
 class LoRASettings(NamedTuple):
-    """Adapter shape; ``target_modules`` is "all-linear" or the names of the linear layers to
-    adapt.
-    """
+    """Adapter shape; ``target_modules``: "all-linear", or layer names (a tuple, or comma-separated)."""
 
     rank: int = 16
     alpha: int = 32
@@ -140,6 +138,16 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_context(model: nn.Module, length: int, setting: str) -> None:
+    """Raise ValueError if ``setting`` asks for sequences longer than the model's context."""
+    context = context_length(model)
+    if context is not None and length > context:
+        raise ValueError(
+            f"{setting}: expected at most {context} tokens, the model's context, got {length};"
+            f" lower {setting}, or take a model with a longer context"
+        )
+
+
 def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> peft.PeftModel:
     """PEFT LoRA on a frozen model, on fastrl's fused layers; the scalar head of a reward model is
     trained whole.
@@ -155,6 +163,8 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
 
     scalar = hasattr(model, "score")
     targets = settings.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = tuple(name.strip() for name in targets.split(","))
     config = peft.LoraConfig(
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
         r=settings.rank,

@@ -59,6 +59,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, *, kind: str, warmup_steps: 
     return LambdaLR(optimizer, factor)
 
 
+def count_steps(examples: int, batch_size: int, *, epochs: int, max_steps: int = 0) -> int:
+    """Optimizer steps of a run: ``max_steps`` if positive, else what ``epochs`` passes need."""
+    if examples == 0:
+        raise ValueError("training data: expected at least one example, got none after loading")
+    return max_steps if max_steps > 0 else epochs * math.ceil(examples / batch_size)
+
+
 def check_finite(loss: float, step: int, last_good: object = None) -> None:
     """Raise NonFiniteError if the loss of ``step`` (counted from 1) is NaN or infinite."""
     if not math.isfinite(loss):

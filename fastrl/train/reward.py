@@ -1,0 +1,250 @@
+"""Reward model: a scalar head on the last kept token, trained on ranked responses.
+
+The loss is InstructGPT's K-wise one (pairs are K = 2): all responses of a prompt are in the same
+batch, and each prompt weighs the same however many pairs it has. Different from the paper: the
+scores are normalised to mean 0 and variance 1 at the end, over the training prompts' responses;
+the gain goes into the head, the bias into config.json as ``fastrl_score_bias``.
+
+    fastrl reward --model runs/sft --data preferences.jsonl --output runs/reward
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, count
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
+from fastrl.data import Preference, load_preferences, shuffled_batches, split_holdout
+from fastrl.losses import chunks, ranking_batch, reward_loss
+from fastrl.metrics import MetricsLog, peak_memory_gib
+from fastrl.models import (
+    LoRASettings,
+    add_lora,
+    base_model,
+    check_context,
+    last_token_scores,
+    load_scalar_model,
+    load_tokenizer,
+)
+from fastrl.ops import ranking_loss
+from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Settings of reward-model training."""
+
+    model: str = _field("", "causal LM or reward model to start from: folder or hub id")
+    data: str = _field("", "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    output: str = _field("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl")
+    eval_data: str = _field("", "held-out preferences; empty: split off `holdout` of data")
+    holdout: float = _field(0.05, "share of data held out for evaluation")
+    template: str = _field("auto", "prompt template: auto (chat template if any), chat or alpaca")
+    max_length: int = _field(1024, "longest prompt + response in tokens")
+    epochs: int = _field(1, "passes over the data; more than one overfits quickly")
+    max_steps: int = _field(0, "optimizer steps; 0: as many as the epochs need")
+    batch_size: int = _field(16, "prompts per optimizer step, each with all its responses")
+    micro_batch_size: int = _field(4, "prompts per forward pass; does not change the result")
+    learning_rate: float = _field(1e-4, "peak learning rate (about 1e-5 for full fine-tuning)")
+    schedule: str = _field("cosine", "constant, linear or cosine decay to 0")
+    warmup_steps: int = _field(10, "optimizer steps of linear warm-up")
+    weight_decay: float = _field(0.0, "AdamW weight decay on matrices")
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm; 0: not clipped")
+    center_coef: float = _field(0.0, "weight of the penalty that keeps scores near 0")
+    lora_rank: int = _field(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)")
+    lora_alpha: int = _field(32, "LoRA scaling is lora_alpha / lora_rank")
+    lora_dropout: float = _field(0.0, "dropout on the input of the adapters")
+    lora_targets: str = _field("all-linear", "all-linear, or layer names separated by commas")
+    dtype: str = _field("float32", "weights: float32 or bfloat16 (the score head is float32)")
+    device: str = _field("cpu", "cpu or cuda")
+    gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
+    seed: int = _field(0, "same seed, same run; on CPU bit for bit")
+    eval_every: int = _field(50, "optimizer steps between evaluations; 0: at start and end only")
+    save_every: int = _field(100, "optimizer steps between checkpoints; 0: none")
+    print_every: int = _field(10, "optimizer steps between printed lines")
+    normalize_prompts: int = _field(2000, "training prompts that set mean and variance; 0: all")
+    samples: int = _field(2, "held-out prompts whose scored answers are printed at evaluations")
+
+
+@torch.no_grad()
+def score_preferences(model: Any, preferences: Sequence[Preference], pad_id: int, micro_batch_size: int) -> Tensor:
+    """(N,) scores of all responses of all preferences, in order, without dropout."""
+    model.eval()
+    scores = []
+    for micro in chunks(preferences, micro_batch_size):
+        batch = ranking_batch(micro, pad_id, model.device)
+        scores.append(last_token_scores(model, batch.input_ids, batch.attention_mask))
+    return torch.cat(scores)
+
+
+def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[str, float]:
+    """Loss and pairwise accuracy of scores, in all and per criterion."""
+    batch = ranking_batch(preferences, 0, scores.device)
+    loss, stats = ranking_loss(scores, batch.group_ids, batch.ranks, margins=batch.margins)
+    metrics = {"eval_loss": float(loss), "eval_accuracy": float(stats.accuracy)}
+    criteria = [p.criterion for p in preferences]
+    for criterion in sorted({c for c in criteria if c is not None}):
+        rows = torch.tensor([c == criterion for c in criteria], device=scores.device)
+        rows = rows[batch.group_ids]
+        _, stats = ranking_loss(scores[rows], batch.group_ids[rows], batch.ranks[rows])
+        metrics[f"eval_accuracy/{criterion}"] = float(stats.accuracy)
+    return metrics
+
+
+def report_held_out(
+    log: MetricsLog,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    held_out: Sequence[Preference],
+    cfg: RewardConfig,
+) -> dict[str, float]:
+    """Held-out loss and accuracy, and scored answers to the first few prompts; {} if none."""
+    if not held_out:
+        return {}
+    scores = score_preferences(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    metrics = ranking_metrics(scores, held_out)
+    check_finite(metrics["eval_loss"], step, last_checkpoint(cfg.output))
+    log.write(step, "eval", **metrics)
+    remaining = iter(scores.tolist())
+    for preference in held_out[: cfg.samples]:
+        log.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
+        for rank, response in zip(preference.ranks, preference.responses, strict=True):
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            log.print(f"  score {next(remaining):+.3f} (rank {rank}): {text!r}")
+    return metrics
+
+
+@torch.no_grad()
+def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
+    """Make the given scores of ``model`` have mean 0 and (population) variance 1.
+
+    score' = (score - mean) / std: the gain is folded into the head's weight, the bias is kept in
+    the config, where it is subtracted from the head's output by ``models.token_scores``.
+    """
+    mean, std = scores.mean().item(), scores.std(correction=0).item()
+    if not std > 1e-6:
+        raise ValueError(
+            f"normalize_scores: scores: expected some variance, got mean {mean}, std {std}:"
+            " the reward model tells no responses apart; train longer or check the preferences"
+        )
+    base = base_model(model)
+    base.score.weight.div_(std)
+    base.config.fastrl_score_bias = (getattr(base.config, "fastrl_score_bias", 0.0) + mean) / std
+    base.config.fastrl_score_mean, base.config.fastrl_score_std = mean, std
+    return {"score_mean": mean, "score_std": std}
+
+
+def main(cfg: RewardConfig) -> dict[str, Any]:
+    """Train, evaluate, normalise and save; returns the final metrics.
+
+    Raises:
+        ValueError: a setting, the model, its tokenizer or the data do not fit.
+        NonFiniteError: the loss or the gradient became NaN; the last checkpoint is left in place.
+    """
+    # 1 seed, before the head and the adapters are drawn
+    transformers.set_seed(cfg.seed)
+
+    # 2 model and tokenizer
+    tokenizer = load_tokenizer(cfg.model)
+    model: Any = load_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    check_context(model, cfg.max_length, "max_length")
+    # transformers' own pooling looks for pad ids: with pad == eos it would skip the real last token
+    shared_pad = tokenizer.pad_token_id == tokenizer.eos_token_id
+    model.config.pad_token_id = None if shared_pad else tokenizer.pad_token_id
+    if cfg.lora_rank > 0:
+        save_merged_base(model, tokenizer, cfg.output)
+        model = add_lora(
+            model,
+            LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets),
+        )
+    if cfg.gradient_checkpointing:
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+
+    # 3 data
+    load = partial(load_preferences, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
+    train, report = load(cfg.data)
+    print(f"{cfg.data}: {report}")
+    if cfg.eval_data:
+        held_out, report = load(cfg.eval_data)
+        print(f"{cfg.eval_data}: {report}")
+    else:
+        train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
+
+    # 4 optimizer and schedule
+    total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
+    optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
+    batches = chain.from_iterable(
+        shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
+    )
+
+    with MetricsLog(cfg.output, total=total, title="reward", print_every=cfg.print_every) as log:
+        report_held_out(log, 0, model, tokenizer, held_out, cfg)
+        for step, indices in zip(range(1, total + 1), batches, strict=False):
+            start = time.perf_counter()
+            model.train()
+
+            # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
+            prompts = sorted((train[i] for i in indices), key=_length)
+            losses, scores = [], []
+            for micro in chunks(prompts, cfg.micro_batch_size):
+                batch = ranking_batch(micro, tokenizer.pad_token_id, model.device)
+                micro_loss, micro_scores = reward_loss(model, batch, center_coef=cfg.center_coef)
+                micro_loss = micro_loss * (len(micro) / len(prompts))
+                micro_loss.backward()
+                losses.append(micro_loss.detach())
+                scores.append(micro_scores)
+            loss = torch.stack(losses).sum().item()
+            check_finite(loss, step, last_checkpoint(cfg.output))
+
+            # 6 keep the weights that gave this finite loss
+            if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
+                save_checkpoint(model, tokenizer, cfg.output, step - 1)
+
+            # 7 update
+            lr = optimizer.param_groups[0]["lr"]
+            grad_norm = optimizer_step(model, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
+
+            # 8 report
+            seconds = time.perf_counter() - start
+            metrics = {
+                "loss": loss,
+                "accuracy": ranking_metrics(torch.cat(scores), prompts)["eval_accuracy"],
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens_per_s": sum(_tokens(p) for p in prompts) / seconds,
+                "peak_mem_gib": peak_memory_gib(model.device),
+            }
+            log.write(step, **metrics)
+            if cfg.eval_every and step % cfg.eval_every == 0 and step < total:
+                report_held_out(log, step, model, tokenizer, held_out, cfg)
+
+        # 9 evaluate, normalise and save
+        metrics |= report_held_out(log, total, model, tokenizer, held_out, cfg)
+        seen = train[: cfg.normalize_prompts] if cfg.normalize_prompts else train
+        raw = score_preferences(model, seen, tokenizer.pad_token_id, cfg.micro_batch_size)
+        metrics |= normalize_scores(model, raw)
+        save_model(model, tokenizer, cfg.output)
+    return {"steps": total, "output": cfg.output, **metrics}
+
+
+def _length(preference: Preference) -> int:
+    return len(preference.prompt_ids) + max(len(r) for r in preference.responses)
+
+
+def _tokens(preference: Preference) -> int:
+    responses = preference.responses
+    return len(preference.prompt_ids) * len(responses) + sum(len(r) for r in responses)

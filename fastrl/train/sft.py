@@ -1,0 +1,207 @@
+"""Supervised fine-tuning on instructions: the loss is on responses only.
+
+Only supervised positions reach the output head, through ``linear_cross_entropy``, so that the
+logits of the whole sequence never exist. The loss of an optimizer step is the mean over the
+supervised tokens of the whole step, however it is cut into micro-batches.
+
+    fastrl sft --model SmolLM2-135M --data tasks.jsonl --output runs/sft
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, count
+from typing import Any
+
+import torch
+import transformers
+
+from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
+from fastrl.data import Example, load_examples, shuffled_batches, split_holdout
+from fastrl.losses import chunks, sft_batch, sft_logprobs, sft_loss, supervised_tokens
+from fastrl.metrics import MetricsLog, peak_memory_gib
+from fastrl.models import (
+    LoRASettings,
+    add_lora,
+    base_model,
+    check_context,
+    load_policy,
+    load_tokenizer,
+)
+from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.rollout import decode_responses, rollout
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of supervised fine-tuning."""
+
+    model: str = _field("", "policy to start from: folder or hub id; an adapter folder is merged")
+    data: str = _field("", "instructions: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    output: str = _field("runs/sft", "folder for the model, checkpoints/ and metrics.jsonl")
+    eval_data: str = _field("", "held-out instructions; empty: split off `holdout` of data")
+    holdout: float = _field(0.05, "share of data held out for evaluation")
+    template: str = _field("auto", "prompt template: auto (chat template if any), chat or alpaca")
+    max_length: int = _field(1024, "longest prompt + response in tokens")
+    epochs: int = _field(1, "passes over the data")
+    max_steps: int = _field(0, "optimizer steps; 0: as many as the epochs need")
+    batch_size: int = _field(16, "examples per optimizer step")
+    micro_batch_size: int = _field(4, "examples per forward pass; does not change the result")
+    learning_rate: float = _field(2e-4, "peak learning rate (about 1e-5 for full fine-tuning)")
+    schedule: str = _field("cosine", "constant, linear or cosine decay to 0")
+    warmup_steps: int = _field(10, "optimizer steps of linear warm-up")
+    weight_decay: float = _field(0.0, "AdamW weight decay on matrices")
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm; 0: not clipped")
+    lora_rank: int = _field(16, "LoRA rank; 0: full fine-tuning")
+    lora_alpha: int = _field(32, "LoRA scaling is lora_alpha / lora_rank")
+    lora_dropout: float = _field(0.0, "dropout on the input of the adapters")
+    lora_targets: str = _field("all-linear", "all-linear, or layer names separated by commas")
+    dtype: str = _field("float32", "weights: float32 or bfloat16")
+    device: str = _field("cpu", "cpu or cuda")
+    gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
+    seed: int = _field(0, "same seed, same run; on CPU bit for bit")
+    eval_every: int = _field(50, "optimizer steps between evaluations; 0: at start and end only")
+    save_every: int = _field(100, "optimizer steps between checkpoints; 0: none")
+    print_every: int = _field(10, "optimizer steps between printed lines")
+    samples: int = _field(2, "held-out prompts answered at each evaluation")
+    sample_tokens: int = _field(64, "longest sampled answer in tokens")
+
+
+@torch.no_grad()
+def evaluate(model: Any, examples: Sequence[Example], pad_id: int, micro_batch_size: int) -> dict[str, float]:
+    """Loss per supervised token and perplexity = exp(loss), without dropout."""
+    model.eval()
+    total = 0.0
+    for micro in chunks(examples, micro_batch_size):
+        batch = sft_batch(micro, pad_id, model.device)
+        total -= sft_logprobs(model, batch).sum(dtype=torch.float64).item()
+    loss = total / max(1, supervised_tokens(examples))
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+    """Greedy answers to the prompts of examples, as printable text."""
+    prompts = [e.input_ids[: e.loss_mask.index(True)] for e in examples if True in e.loss_mask]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        return []
+    trajectory = rollout(model, tokenizer, prompts, max_new_tokens=max_new_tokens, greedy=True)
+    answers = decode_responses(tokenizer, trajectory)
+    return [
+        f"  prompt: {tokenizer.decode(prompt, skip_special_tokens=True)!r}\n  answer: {answer!r}"
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def report_held_out(
+    log: MetricsLog,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    held_out: Sequence[Example],
+    cfg: SFTConfig,
+) -> dict[str, float]:
+    """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
+    if not held_out:
+        return {}
+    metrics = evaluate(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    check_finite(metrics["eval_loss"], step, last_checkpoint(cfg.output))
+    log.write(step, "eval", **metrics)
+    for text in sample_answers(model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
+        log.print(text)
+    return metrics
+
+
+def main(cfg: SFTConfig) -> dict[str, Any]:
+    """Train, evaluate and save; returns the final metrics.
+
+    Raises:
+        ValueError: a setting, the model, its tokenizer or the data do not fit.
+        NonFiniteError: the loss or the gradient became NaN; the last checkpoint is left in place.
+    """
+    # 1 seed, before adapters are drawn
+    transformers.set_seed(cfg.seed)
+
+    # 2 model and tokenizer
+    tokenizer = load_tokenizer(cfg.model)
+    model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    check_context(model, cfg.max_length, "max_length")
+    if cfg.lora_rank > 0:
+        save_merged_base(model, tokenizer, cfg.output)
+        model = add_lora(
+            model,
+            LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets),
+        )
+    if cfg.gradient_checkpointing:
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+
+    # 3 data
+    load = partial(load_examples, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
+    train, report = load(cfg.data)
+    print(f"{cfg.data}: {report}")
+    if cfg.eval_data:
+        held_out, report = load(cfg.eval_data)
+        print(f"{cfg.eval_data}: {report}")
+    else:
+        train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
+
+    # 4 optimizer and schedule
+    total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
+    optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
+    batches = chain.from_iterable(
+        shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
+    )
+
+    with MetricsLog(cfg.output, total=total, title="sft", print_every=cfg.print_every) as log:
+        report_held_out(log, 0, model, tokenizer, held_out, cfg)
+        for step, indices in zip(range(1, total + 1), batches, strict=False):
+            start = time.perf_counter()
+            model.train()
+
+            # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
+            examples = sorted((train[i] for i in indices), key=lambda e: len(e.input_ids))
+            targets = supervised_tokens(examples)
+            losses = []
+            for micro in chunks(examples, cfg.micro_batch_size):
+                batch = sft_batch(micro, tokenizer.pad_token_id, model.device)
+                micro_loss = sft_loss(model, batch, denominator=max(1, targets))
+                micro_loss.backward()
+                losses.append(micro_loss.detach())
+            loss = torch.stack(losses).sum().item()
+            check_finite(loss, step, last_checkpoint(cfg.output))
+
+            # 6 keep the weights that gave this finite loss
+            if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
+                save_checkpoint(model, tokenizer, cfg.output, step - 1)
+
+            # 7 update
+            lr = optimizer.param_groups[0]["lr"]
+            grad_norm = optimizer_step(model, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
+
+            # 8 report
+            seconds = time.perf_counter() - start
+            metrics = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "supervised_tokens": targets,
+                "tokens_per_s": sum(len(e.input_ids) for e in examples) / seconds,
+                "peak_mem_gib": peak_memory_gib(model.device),
+            }
+            log.write(step, **metrics)
+            if cfg.eval_every and step % cfg.eval_every == 0 and step < total:
+                report_held_out(log, step, model, tokenizer, held_out, cfg)
+
+        # 9 evaluate and save
+        metrics |= report_held_out(log, total, model, tokenizer, held_out, cfg)
+        save_model(model, tokenizer, cfg.output)
+    return {"steps": total, "output": cfg.output, **metrics}
