@@ -55,22 +55,19 @@ class Head(NamedTuple):
 
 
 def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
-    """Tokenizer of a folder or hub id; the pad token is set to eos where the tokenizer has none of
-    its own.
+    """Tokenizer of a folder or hub id; where it has no pad token of its own, eos stands in for it.
 
     Raises:
         FileNotFoundError: path looks like a folder and does not exist.
-        ValueError: the tokenizer has no eos token (responses could not end) or neither pad nor eos.
+        ValueError: the tokenizer has neither pad nor eos.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(_existing(path))
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {path}: expected an eos token (and a pad token, or eos to stand in"
-            " for it), got eos_token=None,"
-            f" pad_token={tokenizer.pad_token!r}; set eos_token in the folder's"
-            " tokenizer_config.json"
-        )
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer {path}: expected a pad token or an eos token, got neither;"
+                " set pad_token or eos_token in the folder's tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -46,8 +46,8 @@ def _field(default: Any, help: str) -> Any:
 class RewardConfig:
     """Settings of reward-model training."""
 
-    model: str = _field("", "causal LM or reward model to start from: folder or hub id")
-    data: str = _field("", "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    model: str = _field(MISSING, "causal LM or reward model to start from: folder or hub id")
+    data: str = _field(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
     output: str = _field("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl")
     eval_data: str = _field("", "held-out preferences; empty: split off `holdout` of data")
     holdout: float = _field(0.05, "share of data held out for evaluation")
@@ -176,10 +176,10 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
     # 3 data
     load = partial(load_preferences, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
     train, report = load(cfg.data)
-    print(f"{cfg.data}: {report}")
+    print(report)
     if cfg.eval_data:
         held_out, report = load(cfg.eval_data)
-        print(f"{cfg.eval_data}: {report}")
+        print(report)
     else:
         train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
 

@@ -278,7 +278,7 @@ def test_tokenizer_without_pad_or_eos(tiny_tokenizer, tmp_path):
     transformers.PreTrainedTokenizerFast(**plain, eos_token="<eos>").save_pretrained(tmp_path / "eos")
     assert load_tokenizer(tmp_path / "eos").pad_token_id == 1
     transformers.PreTrainedTokenizerFast(**plain).save_pretrained(tmp_path / "none")
-    with pytest.raises(ValueError, match="expected an eos token"):
+    with pytest.raises(ValueError, match="a pad token or an eos token, got neither"):
         load_tokenizer(tmp_path / "none")
 
 

@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 import transformers
-from fastrl.data import load_examples
 
 import fastrl.train.sft as sft
+from fastrl.data import load_examples
 from fastrl.losses import sft_batch, sft_logprobs, sft_loss, supervised_tokens
 from fastrl.models import load_policy, load_tokenizer
 from fastrl.optim import NonFiniteError
@@ -170,7 +170,7 @@ def test_overfits_and_saves_an_ordinary_folder(config, rank, capsys):
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert metrics["eval_loss"] < floor
     answers = capsys.readouterr().out.split("answer: ")[-3:]
-    assert "'sun sun'" in answers[1]
+    assert "'sun'" in answers[0] and (rank or "'sun sun sun'" in answers[2])
     auto = peft.AutoPeftModelForCausalLM if rank else transformers.AutoModelForCausalLM
     plain = auto.from_pretrained(cfg.output)
     tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.output)
@@ -217,7 +217,7 @@ def test_divergence_stops_by_itself(config):
 
 def test_bad_input(config, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="no usable record"):
         sft.main(replace(config, data=str(tmp_path / "empty.jsonl")))
     with pytest.raises(ValueError, match="max_length: expected at most 256"):
         sft.main(replace(config, max_length=512))
