@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from .data import pad
 from .models import context_length, position_ids
 
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_turn|>", "<|end|>")
+END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<|end|>",
+)
 RESHAPING = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -38,7 +44,9 @@ class Trajectory(NamedTuple):
     """A batch of prompts and sampled responses; R is the longest response, at most ``max_new_tokens``."""
 
     input_ids: Tensor  # (B, P + R) left-padded prompts, then responses, right-padded
-    attention_mask: Tensor  # (B, P + R) bool, True = a token of the prompt or of the response
+    attention_mask: (
+        Tensor  # (B, P + R) bool, True = a token of the prompt or of the response
+    )
     responses: Tensor  # (B, R) the last R columns of input_ids
     response_mask: Tensor  # (B, R) bool, True up to and including the stop token
     stopped: Tensor  # (B,) bool, True = ended by a stop token, not by max_new_tokens
@@ -126,7 +134,9 @@ def fit_prompts(
         raise ValueError("rollout: prompts: expected at least one, got none")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"rollout: prompts[{row}]: expected at least one token, got none; add the bos token")
+            raise ValueError(
+                f"rollout: prompts[{row}]: expected at least one token, got none; add the bos token"
+            )
     if context is None:
         return [list(prompt) for prompt in prompts]
     room = context - max_new_tokens
@@ -195,7 +205,9 @@ def rollout(
             f"rollout: temperature: expected > 0, got {temperature}; for the argmax use greedy=True"
         )
     if max_new_tokens < 1:
-        raise ValueError(f"rollout: max_new_tokens: expected >= 1, got {max_new_tokens}")
+        raise ValueError(
+            f"rollout: max_new_tokens: expected >= 1, got {max_new_tokens}"
+        )
     warn_of_reshaping(model)
     prompts = fit_prompts(prompts, context_length(model), max_new_tokens)
     prompt_ids, prompt_mask = (
@@ -205,12 +217,21 @@ def rollout(
         stop_token_ids = find_stop_token_ids(tokenizer, model)
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
 
-    responses = prompt_ids.new_full((len(prompts), max_new_tokens), tokenizer.pad_token_id)
+    responses = prompt_ids.new_full(
+        (len(prompts), max_new_tokens), tokenizer.pad_token_id
+    )
     lengths = prompt_ids.new_full((len(prompts),), max_new_tokens)
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
-    rows = torch.arange(len(prompts), device=model.device)  # rows of the batch that still run
+    rows = torch.arange(
+        len(prompts), device=model.device
+    )  # rows of the batch that still run
     with evaluating(model):
-        tokens, mask, positions, cache = prompt_ids, prompt_mask, position_ids(prompt_mask), None
+        tokens, mask, positions, cache = (
+            prompt_ids,
+            prompt_mask,
+            position_ids(prompt_mask),
+            None,
+        )
         for t in range(max_new_tokens):
             output = model(
                 input_ids=tokens,
@@ -222,7 +243,10 @@ def rollout(
             )
             cache = output.past_key_values
             tokens = sample_tokens(
-                output.logits[:, -1], temperature=temperature, greedy=greedy, generator=generator
+                output.logits[:, -1],
+                temperature=temperature,
+                greedy=greedy,
+                generator=generator,
             )
             responses[rows, t] = tokens[:, 0]
             ended = torch.isin(tokens[:, 0], stop)
@@ -240,7 +264,9 @@ def rollout(
             positions = positions[:, -1:] + 1
 
     responses = responses[:, : int(lengths.max())]
-    response_mask = torch.arange(responses.shape[1], device=model.device) < lengths[:, None]
+    response_mask = (
+        torch.arange(responses.shape[1], device=model.device) < lengths[:, None]
+    )
     return Trajectory(
         input_ids=torch.cat([prompt_ids, responses], dim=1),
         attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
@@ -254,6 +280,8 @@ def decode_responses(tokenizer: Any, trajectory: Trajectory) -> list[str]:
     """The kept tokens of each response as text, without special tokens."""
     kept = [
         row[mask].tolist()
-        for row, mask in zip(trajectory.responses, trajectory.response_mask, strict=True)
+        for row, mask in zip(
+            trajectory.responses, trajectory.response_mask, strict=True
+        )
     ]
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in kept]

@@ -30,7 +30,9 @@ class Tokenizer:
 
     def encode(self, text, add_special_tokens=True):
         names = {"<pad>": PAD, "</s>": EOS, "<|im_end|>": TURN}
-        return [names[word] if word in names else int(word[1:]) for word in text.split()]
+        return [
+            names[word] if word in names else int(word[1:]) for word in text.split()
+        ]
 
     def convert_ids_to_tokens(self, ids):
         return [f"w{token_id}" for token_id in ids]
@@ -59,7 +61,9 @@ def model():
     )
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # logits that differ enough to tell distributions apart
+        model.lm_head.weight.mul_(
+            20
+        )  # logits that differ enough to tell distributions apart
     return model
 
 
@@ -70,7 +74,13 @@ def tokenizer():
 
 def sample(model, tokenizer, prompts=PROMPTS, *, seed=0, **options):
     options = {"max_new_tokens": 8, "stop_token_ids": [EOS], **options}
-    return rollout(model, tokenizer, prompts, generator=torch.Generator().manual_seed(seed), **options)
+    return rollout(
+        model,
+        tokenizer,
+        prompts,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
 
 
 def test_layout_and_masks(model, tokenizer):
@@ -94,7 +104,14 @@ def test_layout_and_masks(model, tokenizer):
 def test_rows_match_decoding_without_cache_or_padding(model, tokenizer):
     """pitfall 2, pitfall 3: with the argmax, each row of a padded, cached, shrinking batch equals decoding it alone."""
     stop = list(range(1, 9))
-    trajectory = sample(model, tokenizer, PROMPTS * 2, greedy=True, max_new_tokens=12, stop_token_ids=stop)
+    trajectory = sample(
+        model,
+        tokenizer,
+        PROMPTS * 2,
+        greedy=True,
+        max_new_tokens=12,
+        stop_token_ids=stop,
+    )
     model.eval()
     for row, prompt in enumerate(PROMPTS * 2):
         ids = list(prompt)
@@ -110,7 +127,9 @@ def test_sampled_distribution_is_softmax_of_logits_over_temperature():
     """pitfall 20: frequencies of 200,000 draws lie within five standard errors; impossible tokens never come."""
     logits = torch.tensor([2.0, 1.0, -1.0, -torch.inf, 0.5, -3.0, -torch.inf])
     draws = sample_tokens(
-        logits.expand(200_000, -1), temperature=0.7, generator=torch.Generator().manual_seed(1)
+        logits.expand(200_000, -1),
+        temperature=0.7,
+        generator=torch.Generator().manual_seed(1),
     )
     probs = (logits.double() / 0.7).softmax(-1)
     counts = draws.flatten().bincount(minlength=7)
@@ -152,13 +171,18 @@ def test_same_seed_same_tokens(model, tokenizer):
     torch.manual_seed(5)
     by_global = rollout(model, tokenizer, PROMPTS, max_new_tokens=8)
     torch.manual_seed(5)
-    assert torch.equal(by_global.responses, rollout(model, tokenizer, PROMPTS, max_new_tokens=8).responses)
+    assert torch.equal(
+        by_global.responses,
+        rollout(model, tokenizer, PROMPTS, max_new_tokens=8).responses,
+    )
 
 
 def test_early_exit_when_all_rows_ended(model, tokenizer):
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    trajectory = sample(model, tokenizer, stop_token_ids=range(VOCABULARY), max_new_tokens=32)
+    trajectory = sample(
+        model, tokenizer, stop_token_ids=range(VOCABULARY), max_new_tokens=32
+    )
     assert len(calls) == 1 and trajectory.responses.shape == (3, 1)
     assert trajectory.stopped.all() and trajectory.response_mask.all()
 
@@ -169,7 +193,9 @@ def test_eval_mode_during_rollout_and_flags_restored(model, tokenizer):
     model.model.norm.eval()
     flags = {name: module.training for name, module in model.named_modules()}
     seen = []
-    model.model.register_forward_pre_hook(lambda module, _: seen.append(module.layers[0].training))
+    model.model.register_forward_pre_hook(
+        lambda module, _: seen.append(module.layers[0].training)
+    )
     sample(model, tokenizer)
     assert not any(seen)
     assert {name: module.training for name, module in model.named_modules()} == flags
@@ -179,7 +205,9 @@ def test_gradient_checkpointing_keeps_the_cache(model, tokenizer):
     widths = []
     expected = sample(model.train(), tokenizer)
     model.gradient_checkpointing_enable()
-    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, inputs: widths.append(inputs[0].shape[1])
+    )
     assert torch.equal(sample(model.train(), tokenizer).responses, expected.responses)
     assert widths[0] == 6 and set(widths[1:]) == {1}
 
@@ -189,7 +217,12 @@ def test_through_peft(model, tokenizer):
     torch.manual_seed(0)
     adapted = peft.get_peft_model(
         model,
-        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        peft.LoraConfig(
+            r=4,
+            target_modules=["q_proj", "v_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        ),
     )
     assert not torch.equal(sample(adapted, tokenizer).responses, base)
     with adapted.disable_adapter():
@@ -216,7 +249,10 @@ def test_find_stop_token_ids(model, tokenizer):
 def test_decode_responses(model, tokenizer):
     trajectory = sample(model, tokenizer)
     for text, row, mask in zip(
-        decode_responses(tokenizer, trajectory), trajectory.responses, trajectory.response_mask, strict=True
+        decode_responses(tokenizer, trajectory),
+        trajectory.responses,
+        trajectory.response_mask,
+        strict=True,
     ):
         assert text.split() == [f"w{i}" for i in row[mask].tolist() if i > TURN]
 
