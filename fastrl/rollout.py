@@ -16,16 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import pad
-from .models import context_length, position_ids
+from fastrl.data import pad
+from fastrl.models import context_length, position_ids
+from fastrl.templates import end_token_id
 
-END_OF_TURN = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<|end_of_turn|>",
-    "<|end|>",
-)
 RESHAPING = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -44,9 +38,7 @@ class Trajectory(NamedTuple):
     """A batch of prompts and sampled responses; R is the longest response, at most ``max_new_tokens``."""
 
     input_ids: Tensor  # (B, P + R) left-padded prompts, then responses, right-padded
-    attention_mask: (
-        Tensor  # (B, P + R) bool, True = a token of the prompt or of the response
-    )
+    attention_mask: Tensor  # (B, P + R) bool, True = a token of the prompt or of the response
     responses: Tensor  # (B, R) the last R columns of input_ids
     response_mask: Tensor  # (B, R) bool, True up to and including the stop token
     stopped: Tensor  # (B,) bool, True = ended by a stop token, not by max_new_tokens
@@ -64,40 +56,29 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = True
 
 
-def find_stop_token_ids(
-    tokenizer: Any, model: Any = None, stop_tokens: Sequence[str] = ()
-) -> list[int]:
+def find_stop_token_ids(tokenizer: Any, model: Any = None, stop_tokens: Sequence[str] = ()) -> list[int]:
     """Ids of the tokens that end a response.
 
-    The given ``stop_tokens`` alone when there are any; else the tokenizer's eos, the end-of-sequence ids of the model's
-    generation config, and the end-of-turn markers that the tokenizer knows as added tokens.
+    The given ``stop_tokens`` alone when there are any; else the chat template's end of turn, the tokenizer's eos and
+    the end-of-sequence ids of the model's generation config.
 
     Raises:
-        ValueError: a stop token is not one token of this tokenizer, or nothing is left to stop at.
+        ValueError: a stop token is not one token of this tokenizer, or there is nothing to stop at.
     """
-    if stop_tokens:
-        ids = []
-        for token in stop_tokens:
-            pieces = tokenizer.encode(token, add_special_tokens=False)
-            if len(pieces) != 1:
-                raise ValueError(
-                    f"stop token {token!r}: expected one token of the tokenizer, got {len(pieces)} "
-                    f"({tokenizer.convert_ids_to_tokens(pieces)}); name a token of its vocabulary"
-                )
-            ids += pieces
-        return sorted(set(ids))
-    generation_config = getattr(model, "generation_config", None)
-    configured = getattr(generation_config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id]
-    found += configured if isinstance(configured, list) else [configured]
-    added = tokenizer.get_added_vocab()
-    found += [added.get(token) for token in END_OF_TURN]
-    ids = sorted({token_id for token_id in found if token_id is not None})
+    ids: set[int | None] = set()
+    for token in stop_tokens:
+        pieces = tokenizer.encode(token, add_special_tokens=False)
+        if len(pieces) != 1:
+            raise ValueError(
+                f"stop token {token!r}: expected one token of the tokenizer, got {len(pieces)}: "
+                f"{tokenizer.convert_ids_to_tokens(pieces)}"
+            )
+        ids.update(pieces)
     if not ids:
-        raise ValueError(
-            "stop tokens: the tokenizer has no eos token and none was given; set tokenizer.eos_token or stop_tokens"
-        )
-    return ids
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ids.update(configured if isinstance(configured, list) else [configured])
+        ids.update([end_token_id(tokenizer), tokenizer.eos_token_id])
+    return sorted(token_id for token_id in ids if token_id is not None)
 
 
 def sample_tokens(
@@ -116,16 +97,12 @@ def sample_tokens(
         return logits.argmax(-1, keepdim=True)
     probs = (logits.float() / temperature).softmax(-1)
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(
-        len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator
-    )
+    uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return drawn.clamp_(max=probs.shape[-1] - 1)
 
 
-def fit_prompts(
-    prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens: int
-) -> list[list[int]]:
+def fit_prompts(prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens: int) -> list[list[int]]:
     """Prompts cut to their last ``context - max_new_tokens`` tokens, with one warning that counts the cut ones.
 
     The end of a prompt holds the question and the marker that the response follows, hence the end is kept.
@@ -134,9 +111,7 @@ def fit_prompts(
         raise ValueError("rollout: prompts: expected at least one, got none")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(
-                f"rollout: prompts[{row}]: expected at least one token, got none; add the bos token"
-            )
+            raise ValueError(f"rollout: prompts[{row}]: expected at least one token, got none; add the bos token")
     if context is None:
         return [list(prompt) for prompt in prompts]
     room = context - max_new_tokens
@@ -201,30 +176,20 @@ def rollout(
         ValueError: a value that does not fit, with what was expected.
     """
     if not temperature > 0:
-        raise ValueError(
-            f"rollout: temperature: expected > 0, got {temperature}; for the argmax use greedy=True"
-        )
+        raise ValueError(f"rollout: temperature: expected > 0, got {temperature}; for the argmax use greedy=True")
     if max_new_tokens < 1:
-        raise ValueError(
-            f"rollout: max_new_tokens: expected >= 1, got {max_new_tokens}"
-        )
+        raise ValueError(f"rollout: max_new_tokens: expected >= 1, got {max_new_tokens}")
     warn_of_reshaping(model)
     prompts = fit_prompts(prompts, context_length(model), max_new_tokens)
-    prompt_ids, prompt_mask = (
-        x.to(model.device) for x in pad(prompts, tokenizer.pad_token_id, side="left")
-    )
+    prompt_ids, prompt_mask = (x.to(model.device) for x in pad(prompts, tokenizer.pad_token_id, side="left"))
     if stop_token_ids is None:
         stop_token_ids = find_stop_token_ids(tokenizer, model)
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
 
-    responses = prompt_ids.new_full(
-        (len(prompts), max_new_tokens), tokenizer.pad_token_id
-    )
+    responses = prompt_ids.new_full((len(prompts), max_new_tokens), tokenizer.pad_token_id)
     lengths = prompt_ids.new_full((len(prompts),), max_new_tokens)
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
-    rows = torch.arange(
-        len(prompts), device=model.device
-    )  # rows of the batch that still run
+    rows = torch.arange(len(prompts), device=model.device)  # rows of the batch that still run
     with evaluating(model):
         tokens, mask, positions, cache = (
             prompt_ids,
@@ -257,16 +222,12 @@ def rollout(
                     break
                 running = (~ended).nonzero()[:, 0]
                 cache.batch_select_indices(running)
-                rows, tokens, mask, positions = (
-                    x[running] for x in (rows, tokens, mask, positions)
-                )
+                rows, tokens, mask, positions = (x[running] for x in (rows, tokens, mask, positions))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
 
     responses = responses[:, : int(lengths.max())]
-    response_mask = (
-        torch.arange(responses.shape[1], device=model.device) < lengths[:, None]
-    )
+    response_mask = torch.arange(responses.shape[1], device=model.device) < lengths[:, None]
     return Trajectory(
         input_ids=torch.cat([prompt_ids, responses], dim=1),
         attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
@@ -278,10 +239,5 @@ def rollout(
 
 def decode_responses(tokenizer: Any, trajectory: Trajectory) -> list[str]:
     """The kept tokens of each response as text, without special tokens."""
-    kept = [
-        row[mask].tolist()
-        for row, mask in zip(
-            trajectory.responses, trajectory.response_mask, strict=True
-        )
-    ]
+    kept = [row[mask].tolist() for row, mask in zip(trajectory.responses, trajectory.response_mask, strict=True)]
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in kept]

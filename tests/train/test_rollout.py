@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import peft
@@ -9,10 +10,9 @@ import pytest
 import torch
 import transformers
 
-from fastrl.models import response_logprobs
 from fastrl.rollout import (
+    Trajectory,
     decode_responses,
-    evaluating,
     find_stop_token_ids,
     rollout,
     sample_tokens,
@@ -20,28 +20,7 @@ from fastrl.rollout import (
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
 VOCABULARY = 32
-PAD, EOS, TURN = 0, 1, 2
-
-
-class Tokenizer:
-    """As much of a tokenizer as rollouts touch: ids are words "w3", "w4", ... and three special tokens."""
-
-    pad_token_id, eos_token_id = PAD, EOS
-
-    def encode(self, text, add_special_tokens=True):
-        names = {"<pad>": PAD, "</s>": EOS, "<|im_end|>": TURN}
-        return [
-            names[word] if word in names else int(word[1:]) for word in text.split()
-        ]
-
-    def convert_ids_to_tokens(self, ids):
-        return [f"w{token_id}" for token_id in ids]
-
-    def get_added_vocab(self):
-        return {"<|im_end|>": TURN}
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(f"w{token_id}" for token_id in ids if token_id > TURN)
+PAD, EOS = 0, 1
 
 
 @pytest.fixture
@@ -61,15 +40,13 @@ def model():
     )
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.weight.mul_(
-            20
-        )  # logits that differ enough to tell distributions apart
+        model.lm_head.weight.mul_(20)  # logits that differ enough to tell distributions apart
     return model
 
 
 @pytest.fixture
-def tokenizer():
-    return Tokenizer()
+def tokenizer(tiny_tokenizer):
+    return copy.deepcopy(tiny_tokenizer)
 
 
 def sample(model, tokenizer, prompts=PROMPTS, *, seed=0, **options):
@@ -84,7 +61,7 @@ def sample(model, tokenizer, prompts=PROMPTS, *, seed=0, **options):
 
 
 def test_layout_and_masks(model, tokenizer):
-    """pitfall 2, pitfall 38: left-padded prompts, responses in the last R columns, nothing kept after the stop token."""
+    """pitfall 2, pitfall 38: prompts padded left, responses in the last R columns, nothing kept after the stop."""
     trajectory = sample(model, tokenizer, PROMPTS * 8, stop_token_ids=range(1, 8))
     batch, length = trajectory.responses.shape
     assert batch == 24 and trajectory.input_ids.shape == (24, 6 + length)
@@ -147,23 +124,6 @@ def test_whole_vocabulary_is_sampled_and_generation_config_is_named(model, token
     assert trajectory.responses.unique().numel() == VOCABULARY
 
 
-def test_sampled_tokens_follow_the_logprobs_used_in_training(model, tokenizer):
-    """pitfall 26, pitfall 48: mean log-prob of sampled tokens equals minus the mean entropy at the same temperature."""
-    trajectory = sample(model, tokenizer, PROMPTS * 300, temperature=0.7)
-    with torch.no_grad(), evaluating(model):
-        logprobs, entropy = response_logprobs(
-            model,
-            trajectory.input_ids,
-            trajectory.attention_mask,
-            trajectory.response_mask,
-            temperature=0.7,
-            return_entropy=True,
-        )
-    kept = trajectory.response_mask
-    surprise = (logprobs + entropy)[kept]
-    assert surprise.mean().abs() < 5 * surprise.std() / kept.sum().sqrt()
-
-
 def test_same_seed_same_tokens(model, tokenizer):
     first, again, other = (sample(model, tokenizer, seed=seed) for seed in (3, 3, 4))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
@@ -180,9 +140,7 @@ def test_same_seed_same_tokens(model, tokenizer):
 def test_early_exit_when_all_rows_ended(model, tokenizer):
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    trajectory = sample(
-        model, tokenizer, stop_token_ids=range(VOCABULARY), max_new_tokens=32
-    )
+    trajectory = sample(model, tokenizer, stop_token_ids=range(VOCABULARY), max_new_tokens=32)
     assert len(calls) == 1 and trajectory.responses.shape == (3, 1)
     assert trajectory.stopped.all() and trajectory.response_mask.all()
 
@@ -193,25 +151,23 @@ def test_eval_mode_during_rollout_and_flags_restored(model, tokenizer):
     model.model.norm.eval()
     flags = {name: module.training for name, module in model.named_modules()}
     seen = []
-    model.model.register_forward_pre_hook(
-        lambda module, _: seen.append(module.layers[0].training)
-    )
+    model.model.register_forward_pre_hook(lambda module, _: seen.append(module.layers[0].training))
     sample(model, tokenizer)
     assert not any(seen)
     assert {name: module.training for name, module in model.named_modules()} == flags
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradient_checkpointing_keeps_the_cache(model, tokenizer):
     widths = []
     expected = sample(model.train(), tokenizer)
     model.gradient_checkpointing_enable()
-    model.model.embed_tokens.register_forward_pre_hook(
-        lambda _, inputs: widths.append(inputs[0].shape[1])
-    )
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     assert torch.equal(sample(model.train(), tokenizer).responses, expected.responses)
     assert widths[0] == 6 and set(widths[1:]) == {1}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_through_peft(model, tokenizer):
     base = sample(model, tokenizer).responses
     torch.manual_seed(0)
@@ -237,24 +193,24 @@ def test_prompt_longer_than_the_context_keeps_its_end(model, tokenizer):
 
 
 def test_find_stop_token_ids(model, tokenizer):
-    """pitfall 4: the configured stop tokens alone when there are any; else eos and the end-of-turn marker."""
-    assert find_stop_token_ids(tokenizer, model) == [EOS, TURN]
-    assert find_stop_token_ids(tokenizer, model, ["w7"]) == [7]
+    """pitfall 4: the configured stop tokens alone when there are any; else eos and the end of a chat turn."""
+    assert find_stop_token_ids(tokenizer, model) == [EOS]
     model.generation_config.eos_token_id = [EOS, 9]
-    assert find_stop_token_ids(tokenizer, model) == [EOS, TURN, 9]
-    with pytest.raises(ValueError, match="expected one token of the tokenizer, got 2"):
-        find_stop_token_ids(tokenizer, model, ["w7 w8"])
+    assert find_stop_token_ids(tokenizer, model) == [EOS, 9]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    assert find_stop_token_ids(tokenizer, model) == [EOS, 9, 259]
+    a, b = tokenizer.encode("ab", add_special_tokens=False)
+    assert find_stop_token_ids(tokenizer, model, ["b", "a"]) == [a, b]
+    with pytest.raises(ValueError, match="stop token 'ab': expected one token of the tokenizer, got 2"):
+        find_stop_token_ids(tokenizer, model, ["ab"])
 
 
-def test_decode_responses(model, tokenizer):
-    trajectory = sample(model, tokenizer)
-    for text, row, mask in zip(
-        decode_responses(tokenizer, trajectory),
-        trajectory.responses,
-        trajectory.response_mask,
-        strict=True,
-    ):
-        assert text.split() == [f"w{i}" for i in row[mask].tolist() if i > TURN]
+def test_decode_responses_gives_kept_tokens_without_special_ones(tokenizer):
+    ids = torch.tensor([tokenizer.encode("yes", add_special_tokens=False) + [EOS], [*tokenizer.encode("no"), 70, 71]])
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    trajectory = Trajectory(ids, mask, ids, mask, mask[:, -1])
+    assert decode_responses(tokenizer, trajectory) == ["yes", "no"]
 
 
 @pytest.mark.parametrize(
