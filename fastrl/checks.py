@@ -50,3 +50,20 @@ def check_mask(
 def check_positive(op: str, argument: str, value: float | None) -> None:
     if value is not None and not (value > 0 and math.isfinite(value)):
         check(False, op, argument, "a positive number", value)
+
+
+def check_non_negative(op: str, argument: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        check(False, op, argument, "a number of at least 0", value)
+
+
+def check_unit(op: str, argument: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        check(False, op, argument, "a number in [0, 1]", value)
+
+
+def check_data(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """A float tensor of that shape on the device of `like`."""
+    check_float(op, argument, tensor)
+    check_shape(op, argument, tensor, shape)
+    check_device(op, argument, tensor, like)

@@ -5,8 +5,24 @@ r rank. A mask is bool and True means keep. Log-probs are float32 nats. Dropped 
 and may hold anything in every input.
 """
 
+from fastrl.ops.gae import gae
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_logprobs import linear_logprobs
+from fastrl.ops.ppo_advantages import Advantages, AdvantageStats, ppo_advantages
+from fastrl.ops.ppo_loss import PPOStats, ppo_loss
+from fastrl.ops.ranking_loss import RankingStats, ranking_loss
 from fastrl.ops.token_logprobs import token_logprobs
 
-__all__ = ["linear_cross_entropy", "linear_logprobs", "token_logprobs"]
+__all__ = [
+    "AdvantageStats",
+    "Advantages",
+    "PPOStats",
+    "RankingStats",
+    "gae",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "ppo_advantages",
+    "ppo_loss",
+    "ranking_loss",
+    "token_logprobs",
+]

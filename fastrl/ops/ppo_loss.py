@@ -1,0 +1,128 @@
+"""The clipped PPO loss of policy and critic with its statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
+from fastrl.ops.backend import choose_for
+from fastrl.reference import ppo_loss as reference
+from fastrl.reference.masked import compute_dtype
+
+OP = "ppo_loss"
+
+
+class PPOStats(NamedTuple):
+    """Float32 0-d tensors on the inputs' device, detached: means over kept tokens, 0 where none is kept.
+
+    They are averaged over this call's own tokens whatever `denominator` is; weight them by `tokens` to combine calls.
+    """
+
+    tokens: torch.Tensor  # kept tokens
+    policy_loss: torch.Tensor
+    value_loss: torch.Tensor  # with its factor 1/2, without vf_coef
+    entropy: torch.Tensor  # nats; 0 if none was given
+    approx_kl: torch.Tensor  # k3 estimate of KL(old policy || policy): r - 1 - log r
+    clip_frac: torch.Tensor  # share of tokens whose policy term took the clipped branch
+    vf_clip_frac: torch.Tensor  # share of tokens whose value term took the clipped branch
+    ratio_mean: torch.Tensor
+    ratio_max: torch.Tensor
+    explained_variance: torch.Tensor  # 1 - variance(returns - values) / variance(returns); 0 if the latter is 0
+
+
+def ppo_loss(
+    logprobs: torch.Tensor,
+    values: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    old_values: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    entropy: torch.Tensor | None = None,
+    clip_coef: float = 0.2,
+    vf_clip_coef: float | None = 0.2,
+    vf_coef: float = 0.1,
+    ent_coef: float = 0.0,
+    dual_clip: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, PPOStats]:
+    """Clipped policy loss + vf_coef * clipped value loss - ent_coef * entropy, over the kept tokens.
+
+        r      = exp(logprobs - old_logprobs)
+        policy = max(-A r, -A clamp(r, 1 - clip_coef, 1 + clip_coef));   A < 0: at most -A dual_clip
+        value  = max((V - G)^2, (clamp(V, V_old +- vf_clip_coef) - G)^2) / 2
+        loss   = sum over kept tokens of (policy + vf_coef * value - ent_coef * entropy) / denominator
+
+    Same value as these lines in torch; loss, gradients and statistics come from one pass, without a host sync.
+
+    Args:
+        logprobs, values: (B, R) float32, bfloat16 or float16 (float64 runs on `reference`), any strides;
+            differentiable.
+        old_logprobs, old_values: (B, R) as they were at rollout. advantages A, returns G: (B, R) from
+            `ppo_advantages`. No gradient flows into these four.
+        mask: (B, R) bool, True = keep. Dropped slots add nothing, get zero gradient, and may hold anything.
+        entropy: (B, R) per-token entropy in nats, differentiable; needed if ent_coef > 0, else only reported.
+        clip_coef: > 0, half-width of the ratio's range.
+        vf_clip_coef: > 0, half-width of the value's range around old_values; None = no clipping.
+        vf_coef, ent_coef: >= 0, weights of the value loss and of the entropy bonus.
+        dual_clip: > 1; bounds the policy term at -dual_clip * A where A < 0. None = unbounded.
+        denominator: what the sums are divided by, a positive number or 0-d tensor; None = this call's kept tokens (1 if
+            none). For micro-batches pass the whole batch's count: their gradients then add up to the batch's.
+        backend: None chooses; else one of reference, cpu, triton, cuda.
+    Returns:
+        (loss, PPOStats): loss is a 0-d float32 tensor (float64 if an input is).
+    Raises:
+        ValueError: shape, dtype, device or value does not fit.
+    Numerics: float32; sums in a fixed order, so bits do not depend on the thread count. At a tie of two branches the
+        unclipped one is taken, so r = 1 has the whole gradient -A. log r is clamped to +-20 (gradient 0 outside), as
+        verl does: float32 overflows at 88, and inf * 0 in backward is NaN. Gradients have the dtype of their inputs.
+    Source: Schulman et al. 2017, arXiv:1707.06347, equation 7; dual clip: Ye et al. 2020, arXiv:1912.09729.
+    """
+    _check(logprobs, values, old_logprobs, old_values, advantages, returns, mask, entropy)
+    _check_options(clip_coef, vf_clip_coef, vf_coef, ent_coef, entropy, dual_clip)
+    _check_denominator(denominator, logprobs)
+    dtype = compute_dtype(logprobs, values, old_logprobs, old_values, advantages, returns, entropy)
+    backend = choose_for(OP, logprobs.device.type, dtype, backend)
+    if denominator is not None:
+        denominator = torch.as_tensor(denominator, dtype=dtype, device=logprobs.device)
+    loss, stats = reference.ppo_loss(
+        logprobs.to(dtype), values.to(dtype), None if entropy is None else entropy.to(dtype), old_logprobs.to(dtype),
+        old_values.to(dtype), advantages.to(dtype), returns.to(dtype), mask, denominator,
+        clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip,
+    )  # fmt: skip
+    return loss, PPOStats(*stats.unbind())
+
+
+def _check(logprobs, values, old_logprobs, old_values, advantages, returns, mask, entropy):
+    check(logprobs.ndim == 2, OP, "logprobs", "shape (B, R)", tuple(logprobs.shape))
+    shape = logprobs.shape
+    check_data(OP, "logprobs", logprobs, shape, logprobs)
+    check_data(OP, "values", values, shape, logprobs)
+    check_data(OP, "old_logprobs", old_logprobs, shape, logprobs)
+    check_data(OP, "old_values", old_values, shape, logprobs)
+    check_data(OP, "advantages", advantages, shape, logprobs)
+    check_data(OP, "returns", returns, shape, logprobs)
+    check_mask(OP, mask, shape, logprobs)
+    if entropy is not None:
+        check_data(OP, "entropy", entropy, shape, logprobs)
+
+
+def _check_options(clip_coef, vf_clip_coef, vf_coef, ent_coef, entropy, dual_clip):
+    check_positive(OP, "clip_coef", clip_coef)
+    check_positive(OP, "vf_clip_coef", vf_clip_coef)
+    check_non_negative(OP, "vf_coef", vf_coef)
+    check_non_negative(OP, "ent_coef", ent_coef)
+    check(entropy is not None or ent_coef == 0, OP, "entropy", "a (B, R) tensor, because ent_coef > 0", None)
+    check(dual_clip is None or 1 < dual_clip < float("inf"), OP, "dual_clip", "a number above 1", dual_clip)
+
+
+def _check_denominator(denominator, logprobs):
+    if isinstance(denominator, torch.Tensor):
+        check(denominator.ndim == 0, OP, "denominator", "a 0-d tensor", f"shape {tuple(denominator.shape)}")
+        check_device(OP, "denominator", denominator, logprobs)
+    else:
+        check_positive(OP, "denominator", denominator)

@@ -1,0 +1,79 @@
+"""Reward-model loss over ranked answers: pairwise and K-wise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
+from fastrl.ops.backend import choose_for
+from fastrl.reference import ranking_loss as reference
+from fastrl.reference.masked import compute_dtype
+
+OP = "ranking_loss"
+
+
+class RankingStats(NamedTuple):
+    """Float32 0-d tensors on the inputs' device, detached; 0 where there is nothing to average."""
+
+    accuracy: torch.Tensor  # share of pairs whose better answer scores higher; equal scores count half
+    pairs: torch.Tensor  # number of pairs
+    groups: torch.Tensor  # number of groups that have a pair
+    margin_mean: torch.Tensor  # mean over pairs of the score difference, better less worse
+    score_mean: torch.Tensor  # over all answers
+    score_std: torch.Tensor  # population standard deviation over all answers
+
+
+def ranking_loss(
+    scores: torch.Tensor,
+    group_ids: torch.Tensor,
+    ranks: torch.Tensor,
+    *,
+    margins: torch.Tensor | None = None,
+    center_coef: float = 0.0,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, RankingStats]:
+    """Bradley-Terry loss over every ordered pair of every group (InstructGPT's K-wise loss).
+
+        pair (i, j): same group, ranks_i < ranks_j (i is better)
+        l_ij = -log sigmoid(s_i - s_j - margins_i) + center_coef * (s_i + s_j)^2
+        loss = mean over groups that have a pair of the mean of l_ij over the group's pairs
+
+    Two answers per group give the usual ``-F.logsigmoid(chosen - rejected - margin).mean()``.
+
+    Args:
+        scores: (N,) float32, bfloat16 or float16 (float64 runs on `reference`); differentiable.
+        group_ids: (N,) int64 or int32, any numbers in any order; answers to one prompt share one.
+        ranks: (N,) integer or float, lower is better; equal ranks form no pair.
+        margins: (N,) float, what answer i must beat each worse answer of its group by; a pair's margin m goes to the
+            chosen answer's slot. None = 0. No gradient flows into it.
+        center_coef: >= 0, pulls the scores of each pair towards a sum of 0 (TRL's center_rewards_coefficient).
+        backend: None chooses; else one of reference, cpu, triton, cuda.
+    Returns:
+        (loss, RankingStats): loss is a 0-d float32 tensor (float64 if an input is); 0 with zero gradient if no group
+        has a pair.
+    Raises:
+        ValueError: shape, dtype, device or value does not fit.
+    Numerics: float32; log sigmoid is exact to rounding for differences of any size.
+    Source: Ouyang et al. 2022, arXiv:2203.02155, equation 1; margins: Touvron et al. 2023, arXiv:2307.09288.
+    """
+    _check(scores, group_ids, ranks, margins, center_coef)
+    dtype = compute_dtype(scores, margins)
+    backend = choose_for(OP, scores.device.type, dtype, backend)
+    margins = None if margins is None else margins.to(dtype)
+    loss, stats = reference.ranking_loss(scores.to(dtype), group_ids, ranks, margins, center_coef)
+    return loss, RankingStats(*stats.unbind())
+
+
+def _check(scores, group_ids, ranks, margins, center_coef):
+    check(scores.ndim == 1, OP, "scores", "shape (N,)", tuple(scores.shape))
+    check_data(OP, "scores", scores, scores.shape, scores)
+    check_ids(OP, "group_ids", group_ids, scores.shape, scores)
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    check(ranks.dtype in (*integers, *FLOAT_DTYPES), OP, "ranks", "integer or float", ranks.dtype)
+    check_shape(OP, "ranks", ranks, scores.shape)
+    check_device(OP, "ranks", ranks, scores)
+    if margins is not None:
+        check_data(OP, "margins", margins, scores.shape, scores)
+    check_non_negative(OP, "center_coef", center_coef)
