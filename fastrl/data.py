@@ -52,7 +52,6 @@ class Prompt(NamedTuple):
 class LoadReport:
     """How many records became items, and how many were left out or cut short."""
 
-    source: str
     kept: int
     dropped: int
     truncated: int
@@ -61,7 +60,7 @@ class LoadReport:
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.items())
         return (
-            f"{self.source}: {self.kept} kept, {self.dropped} dropped"
+            f"{self.kept} kept, {self.dropped} dropped"
             + (f" ({reasons})" if reasons else "")
             + f", {self.truncated} truncated"
         )
@@ -247,9 +246,9 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _report(source: Source, items: Sequence[Any], dropped: Counter[str], truncated: int) -> LoadReport:
-    report = LoadReport(os.fspath(source), len(items), dropped.total(), truncated, dict(dropped))
+    report = LoadReport(len(items), dropped.total(), truncated, dict(dropped))
     if not items:
-        raise ValueError(f"no usable record in the data set; {report}")
+        raise ValueError(f"{os.fspath(source)}: empty data set: {report}")
     return report
 
 

@@ -1,0 +1,94 @@
+"""`fastrl <command>`: every command lives in a module of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# command: (module, config class or "" if the module's main takes the arguments itself, summary)
+COMMANDS = {
+    "demo": ("fastrl.demo.run", "", "train and judge a small model end to end; no download, no GPU"),
+    "sft": ("fastrl.train.sft", "SFTConfig", "supervised fine-tuning on instruction data"),
+    "reward": ("fastrl.train.reward", "RewardConfig", "train a reward model on preferences"),
+    "ppo": ("fastrl.train.ppo", "PPOConfig", "PPO against a reward model"),
+    "bench": ("fastrl.bench", "", "time the kernels on this machine"),
+    "doctor": ("fastrl.doctor", "", "what is installed, and which backend every op would use"),
+    "chat": ("fastrl.chat", "", "talk to a model"),
+    "export": ("fastrl.export", "", "merge an adapter into its base, write an ordinary folder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if command in ("-V", "--version"):
+        from fastrl import __version__
+
+        print(f"fastrl {__version__}")
+        return 0
+    try:
+        run(command, arguments[1:])
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        foreign = isinstance(error, RuntimeError) and not type(error).__module__.startswith("fastrl")
+        if foreign or os.environ.get("FASTRL_DEBUG"):
+            raise
+        print(f"fastrl: error: {_message(command, error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastrl: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Import the command's module and call its main."""
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command '{command}'; {hint}")
+    module_name, config_name, summary = COMMANDS[command]
+    module = importlib.import_module(module_name)
+    if not config_name:
+        module.main(arguments)
+        return
+    from fastrl.config import parse
+
+    description = module.__doc__ or summary
+    module.main(parse(getattr(module, config_name), arguments, prog=f"fastrl {command}", description=description))
+
+
+def usage() -> str:
+    """The text of `fastrl --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, _, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastrl COMMAND [options]",
+            "",
+            "RLHF kernels for PyTorch, and the loops that run on them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`fastrl COMMAND --help` lists the options of a command, `fastrl --version` prints the version.",
+            "sft, reward and ppo read a YAML file (--config), and any key of it from the command line.",
+            "FASTRL_DEBUG=1 shows where in the code an error came from.",
+        ]
+    )
+
+
+def _message(command: str, error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"'fastrl {command}' needs a module that is not installed: {error.name}"
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`fastrl export MODEL OUT`: an ordinary Hugging Face folder, with an adapter merged into its base.
+
+Works for policies and reward models. The folder holds safetensors, config and tokenizer, and loads
+with transformers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from fastrl.checkpoint import save_model
+from fastrl.models import adapter_base, is_adapter, load_policy, load_scalar_model, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments and export."""
+    parser = argparse.ArgumentParser(
+        prog="fastrl export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="model or adapter folder, or hub id")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: that of the base)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in a folder that is not empty")
+    options = parser.parse_args(list(argv))
+    folder = export(options.model, options.out, dtype=options.dtype, overwrite=options.overwrite)
+    print(f"wrote {folder}")
+
+
+def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
+    """Write `model`, merged if it is an adapter, to the folder `out`.
+
+    The merge happens in float32; `dtype` (default: as stored in the base) is applied afterwards.
+
+    Raises:
+        ValueError: `out` is not empty and `overwrite` is False, or `out` holds `model` itself.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"export: out: expected a folder, got the file {folder}")
+    if folder.is_dir() and folder.resolve() in (Path(model).resolve(), _base_folder(model)):
+        raise ValueError(f"export: out: {folder} holds the model that is being read; name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"export: out: {folder} is not empty; name another folder or give --overwrite")
+
+    tokenizer = find_tokenizer(model)
+    load = load_scalar_model if is_reward_model(model) else load_policy
+    merged: Any = load(model, dtype="float32")
+    merged = merged.to(DTYPES[dtype] if dtype else stored_dtype(model))
+    stale = [file for pattern in MODEL_FILES for file in folder.glob(pattern)]
+    for file in stale:  # an old shard or adapter_config.json would be loaded with the new weights
+        file.unlink()
+    return save_model(merged, tokenizer, folder)
+
+
+def find_tokenizer(path: str) -> Any:
+    """The tokenizer of a model; of its base where an adapter folder has none."""
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        return find_tokenizer(adapter_base(path))
+    return load_tokenizer(path)
+
+
+def is_reward_model(path: str) -> bool:
+    """Whether the folder or hub id holds a sequence classifier, or an adapter for one."""
+    if is_adapter(path):
+        return peft.PeftConfig.from_pretrained(path).task_type == "SEQ_CLS"
+    names = transformers.AutoConfig.from_pretrained(path).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """dtype of the stored weights, of the base for an adapter; float32 if the config does not say."""
+    if is_adapter(path):
+        return stored_dtype(adapter_base(path))
+    return transformers.AutoConfig.from_pretrained(path).dtype or torch.float32
+
+
+def _base_folder(path: str) -> Path | None:
+    return Path(adapter_base(path)).resolve() if is_adapter(path) else None
