@@ -15,6 +15,8 @@ struct LogitMap {
   float inv_temperature;
   float softcap;
 
+  float scale() const { return inv_temperature * kLog2e; }
+
   template <bool kSoftcap>
   vfloat capped(vfloat logit) const {
     if constexpr (!kSoftcap) return logit;
@@ -24,86 +26,104 @@ struct LogitMap {
   }
 };
 
-// Over d_v = (x_v - max) / temperature: log_sum = log sum_v e^d_v and mean = sum_v p_v d_v. The
-// maximum is kept apart from the log-sum so that a large common offset of the logits costs no
-// precision.
+// With d_v = (x_v - offset) * log2(e) / temperature: log_sum = log2 sum_v 2^d_v and mean = sum_v
+// p_v d_v. The offset is a logit of the row near its maximum and is kept apart from the log-sum, so
+// a large common offset of the logits costs no precision. It is -inf where no logit is above -inf.
 struct RowStats {
-  float max;
+  float offset;
   float log_sum;
   float mean;
-  float entropy() const { return max == -kInf ? 0.0f : log_sum - mean; }
+  bool is_dead() const { return offset == -kInf; }
+  float entropy() const { return is_dead() ? 0.0f : (log_sum - mean) * kLn2; }
 };
 
-// Elements per block: the block's second reading (exponentials, after the maximum is known) hits
-// the L1 cache.
+// Elements per block. The offset is settled once a block; a second look at a block hits the L1
+// cache.
 constexpr int64_t kSoftmaxBlock = 2048;
 
-// exp2's argument underflows below this anyway; the bound keeps (-inf) * 0 out of the weighted sum.
+// A block is done again with a new offset if one of its d_v is above this: far from overflow, and
+// small enough that log_sum, which then holds the difference, keeps its precision.
+constexpr float kOffsetSlack = 8.0f;
+
+// 2^d is 0 below; the bound keeps (-inf) * 0 out of weighted sums.
 constexpr float kLowestLog2 = -150.0f;
+
+// Calls body(vector of logits, accumulator index) over count elements; the last vector is filled up
+// with -inf.
+template <int kUnroll, typename T, typename Body>
+inline void for_each_vector(const T* x, int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) body(load(x + i + u * kLanes), u);
+  }
+  for (; i + kLanes <= count; i += kLanes) body(load(x + i), 0);
+  if (i < count) body(load_partial(x + i, count - i, -kInf), 1);
+}
+
+constexpr int kUnroll = 4;
+
+inline float sum_of(const vfloat (&v)[kUnroll]) {
+  return reduce_add((v[0] + v[1]) + (v[2] + v[3]));
+}
+
+inline float max_of(const vfloat (&v)[kUnroll]) {
+  return reduce_max(vmax(vmax(v[0], v[1]), vmax(v[2], v[3])));
+}
 
 template <bool kSoftcap, bool kMean, typename T>
 RowStats softmax_row_stats(const T* logits, int64_t vocab, LogitMap map) {
-  const float scale = map.inv_temperature * kLog2e;
-  constexpr int kUnroll = 4;
-  float max = -kInf, sum = 0.0f, weighted = 0.0f;
-  bool has_nan = false;
+  const float scale = map.scale();
+  float offset = -kInf, sum = 0.0f, weighted = 0.0f;
   for (int64_t begin = 0; begin < vocab; begin += kSoftmaxBlock) {
     const T* x = logits + begin;
     const int64_t count = std::min(kSoftmaxBlock, vocab - begin);
-    vfloat block_max[kUnroll];
-    for (auto& m : block_max) m = broadcast(-kInf);
-    int64_t i = 0;
-    for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-      for (int u = 0; u < kUnroll; ++u) {
-        block_max[u] = vmax(load(x + i + u * kLanes), block_max[u]);
+    auto raise_offset = [&] {
+      vfloat top[kUnroll];
+      for (auto& t : top) t = broadcast(-kInf);
+      for_each_vector<kUnroll>(x, count,
+                               [&](vfloat logit, int u) { top[u] = vmax(logit, top[u]); });
+      float raised = map.capped<kSoftcap>(broadcast(max_of(top)))[0];
+      if (offset != -kInf) {
+        float shift = (offset - raised) * scale, rescale = exp2(broadcast(shift))[0];
+        weighted = (weighted + shift * sum) * rescale;
+        sum *= rescale;
       }
-    }
-    for (; i + kLanes <= count; i += kLanes) block_max[0] = vmax(load(x + i), block_max[0]);
-    if (i < count) block_max[1] = vmax(load_partial(x + i, count - i, -kInf), block_max[1]);
-    vfloat m4 = vmax(vmax(block_max[0], block_max[1]), vmax(block_max[2], block_max[3]));
-    float raw_max = reduce_max(m4);
-    float x_max = map.capped<kSoftcap>(broadcast(raw_max))[0];
-    if (x_max > max) {
-      // e^(old - new) is 0 for the first block, whose sums are 0 as well.
-      float shift = max == -kInf ? 0.0f : (max - x_max) * scale;
-      float rescale = exp2(broadcast(shift))[0];
-      if constexpr (kMean) weighted = (weighted + shift * sum) * rescale;
-      sum *= rescale;
-      max = x_max;
-    }
-    const float reference = max == -kInf ? 0.0f : max;  // a block of -inf adds exp(-inf) = 0
-    vfloat block_sum[kUnroll], block_weighted[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) block_sum[u] = block_weighted[u] = broadcast(0.0f);
-    auto add = [&](vfloat logit, int u) {
-      vfloat d = (map.capped<kSoftcap>(logit) - reference) * scale;
-      vfloat e = exp2(d);
-      block_sum[u] += e;
-      if constexpr (kMean) block_weighted[u] += e * vmax(broadcast(kLowestLog2), d);
+      offset = raised;
     };
-    for (i = 0; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-      for (int u = 0; u < kUnroll; ++u) add(load(x + i + u * kLanes), u);
+    if (offset == -kInf) raise_offset();
+    float block_sum, block_weighted, block_top;
+    auto add_block = [&] {
+      const float base = offset == -kInf ? 0.0f : offset;  // a block of -inf adds 2^-inf = 0
+      vfloat s[kUnroll], w[kUnroll], top[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) s[u] = w[u] = broadcast(0.0f), top[u] = broadcast(-kInf);
+      for_each_vector<kUnroll>(x, count, [&](vfloat logit, int u) {
+        vfloat d = (map.capped<kSoftcap>(logit) - base) * scale;
+        vfloat e = exp2(d);
+        top[u] = vmax(d, top[u]);
+        s[u] += e;
+        if constexpr (kMean) w[u] += e * vmax(broadcast(kLowestLog2), d);
+      });
+      block_sum = sum_of(s), block_weighted = sum_of(w), block_top = max_of(top);
+    };
+    add_block();
+    if (block_top > kOffsetSlack) {
+      raise_offset();
+      add_block();
     }
-    for (; i + kLanes <= count; i += kLanes) add(load(x + i), 0);
-    if (i < count) add(load_partial(x + i, count - i, -kInf), 1);
-    sum += reduce_add((block_sum[0] + block_sum[1]) + (block_sum[2] + block_sum[3]));
-    if constexpr (kMean) {
-      weighted += reduce_add((block_weighted[0] + block_weighted[1]) +
-                             (block_weighted[2] + block_weighted[3]));
-    }
-    has_nan |= sum != sum;
+    sum += block_sum;
+    weighted += block_weighted;
   }
-  constexpr float kLn2 = 0.693147180559945309417f;
-  if (has_nan) return {max, NAN, NAN};
-  if (max == -kInf) return {max, 0.0f, 0.0f};
-  return {max, std::log(sum), kMean ? weighted / sum * kLn2 : 0.0f};
+  if (sum != sum) return {0.0f, NAN, NAN};
+  if (offset == -kInf) return {offset, 0.0f, 0.0f};
+  return {offset, std::log2(sum), kMean ? weighted / sum : 0.0f};
 }
 
-// log p of one token; never above 0. A row without any finite logit gives -inf.
+// log p of one token; never above 0. A row without any logit above -inf gives -inf.
 template <bool kSoftcap, typename T>
 float softmax_row_logprob(const T* logits, int64_t token_id, const RowStats& stats, LogitMap map) {
+  if (stats.is_dead()) return -kInf;
   float x = map.capped<kSoftcap>(broadcast(to_float(logits[token_id])))[0];
-  if (stats.max == -kInf && x == -kInf) return -kInf;
-  float logprob = (x - stats.max) * map.inv_temperature - stats.log_sum;
+  float logprob = ((x - stats.offset) * map.scale() - stats.log_sum) * kLn2;
   return logprob > 0.0f ? 0.0f : logprob;
 }
 
@@ -120,43 +140,39 @@ struct RowUpstream {
 template <bool kSoftcap, bool kEntropy, typename T, typename Out>
 void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, const RowStats& stats,
                           float logprob, RowUpstream up, LogitMap map, Out* out) {
-  if (stats.max == -kInf) {  // no distribution, no gradient
+  if (stats.is_dead()) {  // no distribution, no gradient
     std::memset(out, 0, vocab * sizeof(Out));
     return;
   }
-  const float scale = map.inv_temperature * kLog2e;
-  const float offset = stats.log_sum * kLog2e;
+  const float scale = map.scale();
   const float entropy = stats.entropy();
-  constexpr float kLn2 = 0.693147180559945309417f;
+  const float dlogprob = up.dlogprob * map.inv_temperature;
+  const float dentropy = up.dentropy * map.inv_temperature;
+  const float inv_softcap = kSoftcap ? 1.0f / map.softcap : 0.0f;
   auto gradient = [&](vfloat logit) {
     vfloat x = map.capped<kSoftcap>(logit);
-    vfloat log2p = (x - stats.max) * scale - offset;
+    vfloat log2p = (x - stats.offset) * scale - stats.log_sum;
     vfloat p = exp2(log2p);
-    vfloat d = p * -up.dlogprob;
+    vfloat d = p * -dlogprob;
     if constexpr (kEntropy) {
-      vfloat logp = vmax(broadcast(kLowestLog2), log2p) * kLn2;
-      d -= up.dentropy * p * (logp + entropy);
+      d -= dentropy * p * (vmax(broadcast(kLowestLog2), log2p) * kLn2 + entropy);
     }
-    d *= map.inv_temperature;
     if constexpr (kSoftcap) {
-      vfloat t = x * (1.0f / map.softcap);
-      vfloat slope = 1.0f - t * t;
-      d *= logit == broadcast(-kInf) ? broadcast(0.0f) : slope;
+      vfloat t = x * inv_softcap;
+      d *= logit == broadcast(-kInf) ? broadcast(0.0f) : 1.0f - t * t;
     }
     return d;
   };
-  // The target's entry uses 1 - p = -expm1(log p): exact where p rounds to 1. Computed before `out`
+  // The target's entry uses 1 - p = -expm1(log p), exact where p rounds to 1; read before `out`
   // overwrites it.
-  float target = to_float(logits[token_id]);
-  float target_x = map.capped<kSoftcap>(broadcast(target))[0];
-  float d = -up.dlogprob * std::expm1(logprob);
+  const float target = to_float(logits[token_id]);
+  float d = -dlogprob * std::expm1(logprob);
   if constexpr (kEntropy) {
     float p = std::exp(logprob);
-    if (p > 0.0f) d -= up.dentropy * p * (logprob + entropy);
+    if (p > 0.0f) d -= dentropy * p * (logprob + entropy);
   }
-  d *= map.inv_temperature;
   if constexpr (kSoftcap) {
-    float t = target_x / map.softcap;
+    float t = map.capped<kSoftcap>(broadcast(target))[0] * inv_softcap;
     d *= target == -kInf ? 0.0f : 1.0f - t * t;
   }
   int64_t i = 0;

@@ -31,7 +31,7 @@ void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask,
           logprobs[m] = softmax_row_logprob<cap.value>(row, token_ids[m], stats, map);
           if (entropy != nullptr) entropy[m] = stats.entropy();
         }
-        row_stats[2 * m] = stats.max;
+        row_stats[2 * m] = stats.offset;
         row_stats[2 * m + 1] = stats.log_sum;
       }
     });
@@ -57,7 +57,7 @@ void token_logprobs_bwd(Rows logits, const int64_t* token_ids, const bool* mask,
         RowStats stats{row_stats[2 * m], row_stats[2 * m + 1], 0.0f};
         RowUpstream up{dlogprobs[m], 0.0f};
         if (dentropy != nullptr) {
-          stats.mean = stats.log_sum - entropy[m];
+          stats.mean = stats.log_sum - entropy[m] / kLn2;
           up.dentropy = dentropy[m];
         }
         softmax_row_gradient<cap.value, with_entropy.value>(

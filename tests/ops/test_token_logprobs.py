@@ -198,7 +198,7 @@ def test_repeatable_and_batch_invariant():
 
 
 def test_inputs_are_left_alone_and_second_backward_repeats():
-    """T13, pitfall 25: nothing is written into the inputs; retain_graph gives the same gradient; double backward raises."""
+    """T13, pitfall 25: nothing is written into the inputs; retain_graph repeats; double backward raises."""
     logits, ids, _ = case(3, 40)
     leaf = logits.clone().requires_grad_()
     logprobs = token_logprobs(leaf, ids, temperature=0.5, backend=NATIVE)
