@@ -4,6 +4,7 @@ there is one.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import peft
 import torch
 import transformers
 
-from fastrl.models import base_model, is_adapter
+from fastrl.models import SCORE_FIELDS, SCORE_FILE, base_model, is_adapter, quiet_transformers
 from fastrl.optim import NonFiniteError
 
 
@@ -25,7 +26,9 @@ def save_model(
     without fastrl.
 
     A killed save leaves what was there: files are written aside and moved into place. Of a PEFT
-    model only the adapter is written, with the base model's config.json beside it.
+    model only the adapter is written; a reward adapter's normalisation, which a full model has in
+    its config.json, goes to fastrl_score.json (beside a config.json, transformers would take the
+    folder for a full model).
 
     Raises:
         NonFiniteError: a trainable weight is NaN or infinite.
@@ -37,17 +40,29 @@ def save_model(
     staging = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    if isinstance(model, peft.PeftModel):
-        model.save_pretrained(str(staging), save_embedding_layers=False)
-        base_model(model).config.save_pretrained(staging)
-    else:
-        model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    with quiet_transformers():
+        _write(model, tokenizer, staging)
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(staging.iterdir()):
         os.replace(file, folder / file.name)
     staging.rmdir()
     return folder
+
+
+def _write(
+    model: transformers.PreTrainedModel | peft.PeftModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    staging: Path,
+) -> None:
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(str(staging), save_embedding_layers=False)
+        config = base_model(model).config
+        score = {name: getattr(config, name) for name in SCORE_FIELDS if hasattr(config, name)}
+        if score:
+            (staging / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
+    else:
+        model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
 
 
 def save_checkpoint(

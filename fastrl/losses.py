@@ -53,6 +53,8 @@ def ranking_batch(preferences: Sequence[Preference], pad_id: int, device: str | 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive slices of at most ``size`` items."""
+    if size < 1:
+        raise ValueError(f"micro_batch_size: expected at least 1, got {size}")
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

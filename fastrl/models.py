@@ -23,6 +23,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 ADAPTER_CONFIG = "adapter_config.json"
+SCORE_FILE = "fastrl_score.json"
 SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
 
 
@@ -100,10 +101,9 @@ def load_scalar_model(
     path = _existing(path)
     if is_adapter(path) and _adapter_config(path).get("task_type") == "SEQ_CLS":
         model = _merged(load_scalar_model(adapter_base(path), dtype=dtype, device=device), path)
-        stored = transformers.AutoConfig.from_pretrained(path) if (Path(path) / "config.json").is_file() else None
-        for field in SCORE_FIELDS:
-            if hasattr(stored, field):
-                setattr(model.config, field, getattr(stored, field))
+        score_file = Path(path) / SCORE_FILE
+        for name, value in (json.loads(score_file.read_text()) if score_file.is_file() else {}).items():
+            setattr(model.config, name, value)
     elif not is_adapter(path) and _is_scalar_checkpoint(path):
         model = _from_pretrained(transformers.AutoModelForSequenceClassification, path, dtype, num_labels=1)
         model = model.to(device)

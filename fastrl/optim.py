@@ -63,7 +63,10 @@ def count_steps(examples: int, batch_size: int, *, epochs: int, max_steps: int =
     """Optimizer steps of a run: ``max_steps`` if positive, else what ``epochs`` passes need."""
     if examples == 0:
         raise ValueError("training data: expected at least one example, got none after loading")
-    return max_steps if max_steps > 0 else epochs * math.ceil(examples / batch_size)
+    total = max_steps if max_steps > 0 else epochs * math.ceil(examples / max(1, batch_size))
+    if total < 1:
+        raise ValueError(f"steps: expected epochs or max_steps above 0, got {epochs} and {max_steps}")
+    return total
 
 
 def check_finite(loss: float, step: int, last_good: object = None) -> None:

@@ -140,7 +140,7 @@ def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
             f"normalize_scores: scores: expected some variance, got mean {mean}, std {std}:"
             " the reward model tells no responses apart; train longer or check the preferences"
         )
-    base = base_model(model)
+    base: Any = base_model(model)
     base.score.weight.div_(std)
     base.config.fastrl_score_bias = (getattr(base.config, "fastrl_score_bias", 0.0) + mean) / std
     base.config.fastrl_score_mean, base.config.fastrl_score_std = mean, std

@@ -190,7 +190,7 @@ def test_learns_normalises_and_saves_an_ordinary_folder(config, rank, capsys):
         scores = last_token_scores(model, batch.input_ids, batch.attention_mask)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-4)
     assert scores.var(correction=0).item() == pytest.approx(1.0, abs=1e-4)
-    stored = json.load(open(f"{cfg.output}/config.json"))
+    stored = json.load(open(f"{cfg.output}/{'fastrl_score' if rank else 'config'}.json"))
     assert stored["fastrl_score_mean"] == metrics["score_mean"]
     assert stored["fastrl_score_std"] == metrics["score_std"] > 0
 
