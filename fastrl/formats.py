@@ -119,15 +119,13 @@ def parse_transcript(text: str) -> list[Message]:
     Neighbouring turns of one speaker are joined, since chat templates expect speakers to alternate.
     """
     messages: list[Message] = []
-    parts = re.split(r"\n\n(Human|Assistant):", text)
+    parts = re.split(r"\n\n(Human|Assistant):", text.removesuffix(ASSISTANT))
     for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
         role, content = "user" if speaker == "Human" else "assistant", content.strip()
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}".strip()
         else:
             messages.append({"role": role, "content": content})
-    if messages and text.endswith(ASSISTANT) and messages[-1]["role"] == "assistant":
-        messages.pop()
     return messages
 
 
