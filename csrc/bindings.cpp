@@ -50,6 +50,13 @@ Rows rows_of(const py::tuple& t) {
           t[3].cast<int64_t>(), t[4].cast<int64_t>()};
 }
 
+void lora_dropout(uintptr_t matrix, int dtype, int64_t rows, int64_t cols, uintptr_t seed,
+                  uint32_t threshold, int threads) {
+  py::gil_scoped_release release;
+  FASTRL_CALL(lora_dropout, pointer<void>(matrix), dtype, rows, cols, pointer<const int64_t>(seed),
+              threshold, threads);
+}
+
 void token_logprobs_fwd(const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t rows,
                         int64_t vocab, float inv_temperature, float softcap, uintptr_t logprobs,
                         uintptr_t row_stats, uintptr_t entropy, int threads) {
@@ -93,6 +100,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
 
+  m.def(
+      "lora_dropout", &lora_dropout, py::arg("matrix"), py::arg("dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("seed"), py::arg("threshold"), py::arg("threads"),
+      "Zeroes, in place, the elements of a contiguous matrix whose Philox word is below threshold; "
+      "the seed is read from its address.");
   m.def(
       "token_logprobs_fwd", &token_logprobs_fwd, py::arg("logits"), py::arg("token_ids"),
       py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("inv_temperature"),

@@ -15,6 +15,8 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
+void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
+                  uint32_t threshold, int threads);
 void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
                         int64_t vocab, float inv_temperature, float softcap, float* logprobs,
                         float* row_stats, float* entropy, int threads);

@@ -8,6 +8,7 @@ and may hold anything in every input.
 from fastrl.ops.gae import gae
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_logprobs import linear_logprobs
+from fastrl.ops.lora_linear import LoRAWeights, lora_linear, lora_linear_group
 from fastrl.ops.ppo_advantages import Advantages, AdvantageStats, ppo_advantages
 from fastrl.ops.ppo_loss import PPOStats, ppo_loss
 from fastrl.ops.ranking_loss import RankingStats, ranking_loss
@@ -16,11 +17,14 @@ from fastrl.ops.token_logprobs import token_logprobs
 __all__ = [
     "AdvantageStats",
     "Advantages",
+    "LoRAWeights",
     "PPOStats",
     "RankingStats",
     "gae",
     "linear_cross_entropy",
     "linear_logprobs",
+    "lora_linear",
+    "lora_linear_group",
     "ppo_advantages",
     "ppo_loss",
     "ranking_loss",

@@ -1,0 +1,1 @@
+"""Thin adapters that put fastrl's ops into other libraries."""

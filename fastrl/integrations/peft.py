@@ -1,0 +1,126 @@
+"""PEFT: LoRA layers of an existing model computed by `fastrl.ops.lora_linear`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from torch import nn
+
+from fastrl.ops import lora_linear
+
+
+class FusedLinear(Linear):
+    """PEFT's lora.Linear with a fused forward; anything but one plain adapter runs PEFT's own."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = None if args or kwargs else self._fusable_adapter(x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[name]
+        return lora_linear(
+            x,
+            self.base_layer.weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            bias=self.base_layer.bias,
+            dropout=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+
+    def _fusable_adapter(self, x: torch.Tensor) -> str | None:
+        """The one active adapter if `lora_linear` computes what PEFT would, else None."""
+        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or names[0] in self.lora_variant:
+            return None
+        base, lora_a, lora_b = self.base_layer, self.lora_A[names[0]], self.lora_B[names[0]]
+        if lora_b.bias is not None or not (_is_plain(base) and _is_plain(lora_a) and _is_plain(lora_b)):
+            return None
+        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None  # PEFT raises the error, or a hook of its own casts
+        return names[0]
+
+
+class Patch:
+    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `undo()`.
+
+    Also a context manager that undoes on exit.
+    """
+
+    def __init__(self, modules: dict[str, FusedLinear], skipped: dict[str, str]) -> None:
+        self._modules = modules
+        self.layers = list(modules)
+        self.skipped = skipped
+
+    def undo(self) -> None:
+        """Gives every layer PEFT's forward back; a second call does nothing."""
+        for module in self._modules.values():
+            if type(module) is FusedLinear:
+                module.__class__ = Linear  # type: ignore[assignment]
+        self._modules = {}
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(self.skipped.values()).items())
+        return f"<fastrl.patch: {len(self)} layers fused" + (f"; kept: {reasons}>" if reasons else ">")
+
+
+def patch(model: nn.Module) -> Patch:
+    """Computes the LoRA linear layers of a PEFT model with `fastrl.ops.lora_linear`, in place.
+
+    Parameters, state dict, hooks, `disable_adapter()`, merging, saving and loading stay PEFT's own. A layer whose state
+    asks for more than one plain adapter on a plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other
+    variants, `lora_bias`) runs PEFT's forward for as long as it does. Layers of other types are left alone.
+
+        model = peft.get_peft_model(model, config)
+        fastrl.patch(model)
+
+    Args:
+        model: any module that holds `peft.tuners.lora` layers, wrapped or not; may be patched again after
+            adapters were added.
+    Returns:
+        A `Patch`: its `layers`, `skipped` with the reasons, and `undo()`.
+    """
+    fused: dict[str, FusedLinear] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or isinstance(module, FusedLinear):
+            continue
+        reason = _why_not(module)
+        if reason:
+            skipped[name] = reason
+            continue
+        module.__class__ = FusedLinear
+        fused[name] = module  # type: ignore[assignment]
+    return Patch(fused, skipped)
+
+
+def _why_not(module: LoraLayer) -> str:
+    if type(module) is not Linear:
+        return f"lora.{type(module).__name__} is no plain lora.Linear"
+    if type(module.base_layer) is not nn.Linear:
+        return f"its base layer is a {type(module.base_layer).__name__}"
+    return ""
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling the module is F.linear on its own parameters: no hooks, no tensor subclass."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, torch.Tensor)
+        and "forward" not in linear.__dict__
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+    )

@@ -1,0 +1,225 @@
+"""Linear layers with a LoRA adapter, alone or as siblings that share their input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastrl.checks import check, check_device, check_float, check_shape
+from fastrl.ops.backend import _C, DTYPE_CODES, address, choose, native_op
+from fastrl.reference import lora_linear as reference
+
+
+class LoRAWeights(NamedTuple):
+    """One layer of `lora_linear_group`."""
+
+    weight: torch.Tensor  # (O, K)
+    lora_a: torch.Tensor  # (r, K)
+    lora_b: torch.Tensor  # (O, r)
+    scaling: float
+    bias: torch.Tensor | None = None  # (O,)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A linear layer with a low-rank adapter beside it.
+
+        y = x W^T + bias + scaling * (D(x) A^T) B^T
+
+    Same value as PEFT's ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, or
+    ``F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling``. The adapter's
+    part is written first and the base product accumulates onto it, in the forward and in the gradient of x. Saved for
+    backward: x and D(x) A^T (M x r); no copy of x, no adapter output.
+
+    Args:
+        x: (..., K) float32, bfloat16 or float16 (float64 runs on `reference`). Any strides.
+        weight: (O, K), usually frozen; dtype of x. Its gradient is formed only if it requires one.
+        lora_a: (r, K), r >= 1, any float dtype: used in the dtype of x, gradient in its own.
+        lora_b: (O, r), likewise.
+        scaling: a finite number, PEFT's lora_alpha / r.
+        bias: (O,), dtype of x.
+        dropout: in [0, 1): the probability that D zeroes an element of x (the rest is divided by 1 - dropout). The mask
+            is never stored: Philox4x32-10 makes it again from one seed, drawn from torch's CPU generator on each call
+            (torch.manual_seed and torch.utils.checkpoint repeat it). Pass 0 in evaluation.
+        backend: None chooses; else one of reference, cpu, triton, cuda.
+    Returns:
+        (..., O) in the dtype of x.
+    Raises:
+        ValueError: shape, dtype, device or value does not fit.
+    Numerics: products accumulate in fp32; D(x) A^T and the adapter's part of y are rounded to the dtype of x once.
+        Under torch.autocast every argument is cast as F.linear would cast it. Differentiable once.
+    Source: Hu et al. 2021, arXiv:2106.09685; Salmon et al. 2011 (Philox).
+    """
+    layer = LoRAWeights(weight, lora_a, lora_b, scaling, bias)
+    return _run("lora_linear", x, [layer], dropout, backend)[0]
+
+
+def lora_linear_group(
+    x: torch.Tensor, layers: Sequence[LoRAWeights], *, dropout: float = 0.0, backend: str | None = None
+) -> list[torch.Tensor]:
+    """Sibling LoRA layers (query/key/value, gate/up) on the same input.
+
+        y_i = x W_i^T + bias_i + scaling_i * (D(x) A_i^T) B_i^T
+
+    Same value as ``[lora_linear(x, *layer) for layer in layers]``. One product x [A_1; A_2; ...]^T serves all adapters,
+    and all siblings add into one gradient of x.
+
+    Args:
+        x: (..., K), as in `lora_linear`.
+        layers: at least one LoRAWeights; ranks, output sizes and scalings may differ.
+        dropout: as in `lora_linear`. All siblings share one draw of the mask (PEFT draws one for each: another, equally
+            valid sample).
+        backend: None chooses; else one of reference, cpu, triton, cuda.
+    Returns:
+        One (..., O_i) tensor for each layer, in the dtype of x.
+    Raises, numerics: see `lora_linear`.
+    """
+    layers = [LoRAWeights(*layer) for layer in layers]
+    check(len(layers) > 0, "lora_linear_group", "layers", "at least one LoRAWeights", "none")
+    return list(_run("lora_linear_group", x, layers, dropout, backend))
+
+
+def _run(op, x, layers, dropout, backend):
+    check(x.ndim >= 1, op, "x", "shape (..., K)", tuple(x.shape))
+    check_float(op, "x", x)
+    dropout = float(dropout)
+    check(0.0 <= dropout < 1.0, op, "dropout", "a number in [0, 1)", dropout)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x = x.to(dtype)
+        layers = [_cast_base(layer, dtype) for layer in layers]
+    for layer in layers:
+        _check_layer(op, x, layer)
+    backend = choose(op, x, backend)
+    seed = torch.randint(2**62, (1,)) if dropout > 0 else None
+    if backend == "reference":
+        return reference.lora_linear_group(x, layers, dropout, None if seed is None else seed.to(x.device))
+    tensors: list[torch.Tensor | None] = []
+    for weight, lora_a, lora_b, _, bias in layers:
+        tensors += (weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias)
+    scalings = [layer.scaling / (1.0 - dropout) for layer in layers]  # the mask then only selects
+    return _LoRALinearGroup.apply(x, seed, dropout, scalings, backend, *tensors)
+
+
+def _cast_base(layer, dtype):
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return layer._replace(weight=layer.weight.to(dtype), bias=bias)
+
+
+def _check_layer(op, x, layer):
+    weight, lora_a, lora_b, scaling, bias = layer
+    features = x.shape[-1]
+    check(weight.ndim == 2 and weight.shape[1] == features, op, "weight", f"shape (O, {features})", tuple(weight.shape))
+    check(
+        lora_a.ndim == 2 and lora_a.shape[0] > 0 and lora_a.shape[1] == features,
+        op, "lora_a", f"shape (r, {features}) with r >= 1", tuple(lora_a.shape),
+    )  # fmt: skip
+    check_shape(op, "lora_b", lora_b, (weight.shape[0], lora_a.shape[0]))
+    check(math.isfinite(scaling), op, "scaling", "a finite number", scaling)
+    base = [("weight", weight)]
+    if bias is not None:
+        check_shape(op, "bias", bias, (weight.shape[0],))
+        base.append(("bias", bias))
+    for name, tensor in base:
+        check(tensor.dtype == x.dtype, op, name, f"the dtype of x, {x.dtype}", tensor.dtype)
+        check_device(op, name, tensor, x)
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check_float(op, name, tensor)
+        check_device(op, name, tensor, x)
+
+
+class _LoRALinearGroup(torch.autograd.Function):
+    """`tensors`: weight, lora_a, lora_b, bias of each sibling, all in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, x, seed, dropout, scalings, backend, *tensors):
+        rows = x.reshape(-1, x.shape[-1])
+        low_rank = _dropped(backend, rows, seed, dropout) @ _stacked(tensors[1::4]).t()  # (M, r_1 + r_2 + ...)
+        outputs, start = [], 0
+        for index, scaling in enumerate(scalings):
+            weight, lora_a, lora_b, bias = tensors[4 * index : 4 * index + 4]
+            part = low_rank[:, start : start + len(lora_a)]
+            up = (lora_b * scaling).t()
+            y = part @ up if bias is None else torch.addmm(bias, part, up)
+            outputs.append(y.addmm_(rows, weight.t()).view(*x.shape[:-1], -1))
+            start += len(lora_a)
+        ctx.save_for_backward(x, seed, low_rank, *tensors)
+        ctx.options = (dropout, scalings, backend)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, seed, low_rank, *tensors = ctx.saved_tensors
+        dropout, scalings, backend = ctx.options
+        needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        rows = x.reshape(-1, x.shape[-1])
+        gradients: list[torch.Tensor | None] = [None] * len(tensors)
+        live = [i for i, dy in enumerate(dys) if dy is not None]
+        dlow_rank = torch.zeros_like(low_rank) if len(live) < len(dys) else torch.empty_like(low_rank)
+        dy_rows, start = {}, 0
+        for index, dy in enumerate(dys):
+            weight, lora_a, lora_b, bias = tensors[4 * index : 4 * index + 4]
+            columns = slice(start, start + len(lora_a))
+            start += len(lora_a)
+            if dy is None:
+                continue
+            dy = dy_rows[index] = dy.reshape(-1, len(weight))
+            up = lora_b * scalings[index]
+            dlow_rank[:, columns] = dy @ up
+            needs_weight, _, needs_b, needs_bias = needs[4 * index : 4 * index + 4]
+            if needs_b:
+                gradients[4 * index + 2] = (low_rank[:, columns].t() @ dy).t() * scalings[index]
+            if needs_weight:
+                gradients[4 * index] = dy.t() @ rows
+            if needs_bias:
+                gradients[4 * index + 3] = dy.sum(0)
+        if any(needs[1::4]):
+            da = dlow_rank.t() @ _dropped(backend, rows, seed, dropout)
+            gradients[1::4] = da.split([len(a) for a in tensors[1::4]])
+        dx = None
+        if needs_dx:
+            dx = dlow_rank @ _stacked(tensors[1::4])
+            if seed is not None:
+                _dropout(backend, dx, seed, dropout)
+            for index, dy in dy_rows.items():
+                dx.addmm_(dy, tensors[4 * index])
+            dx = dx.view(x.shape)
+        return dx, None, None, None, None, *gradients
+
+
+def _stacked(matrices):
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _dropped(backend, rows, seed, dropout):
+    if seed is None:
+        return rows
+    copy = rows.clone(memory_format=torch.contiguous_format)
+    _dropout(backend, copy, seed, dropout)
+    return copy
+
+
+def _dropout_cpu(matrix, seed, dropout):
+    _C.lora_dropout(
+        address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1], address(seed),
+        reference.dropout_threshold(dropout), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_dropout = native_op("lora_dropout", "Tensor(a!) matrix, Tensor seed, float dropout", {"cpu": _dropout_cpu})
