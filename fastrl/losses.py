@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def sft_logprobs(model: nn.Module, batch: SFTBatch) -> Tensor:
     """(B, T-1) log-probability of each next token, 0 where it is not supervised."""
     head = lm_head(model)
     hidden = final_hidden(model, batch.input_ids, batch.attention_mask)[:, :-1]
-    return linear_logprobs(
+    logprobs = linear_logprobs(
         hidden,
         head.weight,
         batch.input_ids[:, 1:],
@@ -96,6 +96,7 @@ def sft_logprobs(model: nn.Module, batch: SFTBatch) -> Tensor:
         mask=batch.loss_mask[:, 1:],
         softcap=head.softcap,
     )
+    return cast(Tensor, logprobs)
 
 
 def reward_loss(model: nn.Module, batch: RankingBatch, *, center_coef: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -61,9 +61,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block; on CUDA the device is synchronised before and after, so that the time is
-        the block's own.
-        """
+        """Time a block; on CUDA the device is synchronised before and after, so that the time is the block's own."""
         self._sync()
         start = time.perf_counter()
         try:

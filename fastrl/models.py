@@ -45,9 +45,7 @@ class LoRAHead(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Output head of a causal LM: logits = hidden @ weight.T + bias (+ adapter), softcapped if
-    softcap is set.
-    """
+    """Output head of a causal LM: logits = hidden @ weight.T + bias (+ adapter), softcapped if softcap is set."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None
@@ -62,7 +60,10 @@ def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
         FileNotFoundError: path looks like a folder and does not exist.
         ValueError: the tokenizer has neither pad nor eos.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(_existing(path))
+    path = _existing(path)
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = _existing(adapter_base(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -109,6 +110,8 @@ def load_scalar_model(
         model = model.to(device)
     else:
         model = _with_scalar_head(load_policy(path, dtype=dtype, device=device))
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ValueError(f"{path}: expected a {type(model).__name__} with a linear head `score`, got none")
     model.score.float()
     return model.eval()
 
@@ -176,9 +179,7 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
 
 
 def base_model(model: nn.Module) -> transformers.PreTrainedModel:
-    """The transformers model inside a PEFT wrapper (adapters stay in place), or the model
-    itself.
-    """
+    """The transformers model inside a PEFT wrapper (adapters stay in place), or the model itself."""
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     return cast(transformers.PreTrainedModel, inner)
 
@@ -227,9 +228,7 @@ def token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Ten
 
 
 def last_token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) fp32 score on each row's last kept token, found by the mask: any padding side, pad ==
-    eos, no eos.
-    """
+    """(B,) fp32 score on each row's last kept token, found by the mask: any padding side, pad == eos, no eos."""
     hidden = final_hidden(scalar_model, input_ids, attention_mask)  # (B, T, H)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * attention_mask.long()).argmax(-1)  # (B,)
@@ -245,8 +244,7 @@ def response_logprobs(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the response, which is the last R columns of ``input_ids`` (B, P + R), P
-    >= 1.
+    """Log-probabilities of the response, which is the last R columns of ``input_ids`` (B, P + R).
 
     ``logprobs[b, t]`` is of response token t, from the hidden state of the token before it; only
     positions kept by ``response_mask`` (B, R) reach the head.
@@ -304,9 +302,7 @@ def _only(active_adapters: list[str]) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load report and bars; what they would say is checked or expected by
-    the caller.
-    """
+    """Silence transformers' load report and bars; what they would say is checked or expected by the caller."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -330,9 +326,7 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _existing(path: str | Path) -> str:
-    """path as text; a path that is written as one must be a folder (else it is taken for a hub
-    id).
-    """
+    """path as text; a path that is written as one must be a folder (else it is taken for a hub id)."""
     looks_local = isinstance(path, Path) or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"model folder {path}: not found; give a folder in Hugging Face format or a hub id")
@@ -340,8 +334,11 @@ def _existing(path: str | Path) -> str:
 
 
 def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **options: Any) -> Any:
+    options |= {"dtype": torch_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
     with quiet_transformers():
-        model, info = auto_class.from_pretrained(path, dtype=torch_dtype(dtype), output_loading_info=True, **options)
+        model, info = auto_class.from_pretrained(path, **options)
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{path}: expected a model, got an adapter on the hub; download it and give its folder")
     if info["missing_keys"]:
         raise ValueError(
             f"{path}: expected the weights of a {type(model).__name__}, missing {sorted(info['missing_keys'])[:4]}"
@@ -350,6 +347,8 @@ def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **opt
 
 
 def _merged(base: transformers.PreTrainedModel, path: str) -> transformers.PreTrainedModel:
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"{path}/adapter_model.safetensors: not found; save the adapter as safetensors")
     with quiet_transformers():
         model = peft.PeftModel.from_pretrained(base, path).merge_and_unload()
     if hasattr(model, "peft_config"):
@@ -370,9 +369,7 @@ def _with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreT
 
 
 def fresh_scalar_head(hidden_size: int) -> nn.Linear:
-    """Linear(hidden_size, 1) without bias, weights N(0, 1 / sqrt(hidden_size + 1)), fp32 (Ziegler
-    et al. 2019).
-    """
+    """Linear(hidden_size, 1) without bias, weights N(0, 1 / sqrt(hidden_size + 1)), fp32 (Ziegler et al. 2019)."""
     head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
     return head

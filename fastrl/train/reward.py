@@ -51,6 +51,7 @@ class RewardConfig:
     output: str = _field("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl")
     eval_data: str = _field("", "held-out preferences; empty: split off `holdout` of data")
     holdout: float = _field(0.05, "share of data held out for evaluation")
+    eval_limit: int = _field(500, "held-out items evaluated at most; 0: all")
     template: str = _field("auto", "prompt template: auto (chat template if any), chat or alpaca")
     max_length: int = _field(1024, "longest prompt + response in tokens")
     epochs: int = _field(1, "passes over the data; more than one overfits quickly")
@@ -73,7 +74,6 @@ class RewardConfig:
     seed: int = _field(0, "same seed, same run; on CPU bit for bit")
     eval_every: int = _field(50, "optimizer steps between evaluations; 0: at start and end only")
     save_every: int = _field(100, "optimizer steps between checkpoints; 0: none")
-    print_every: int = _field(10, "optimizer steps between printed lines")
     normalize_prompts: int = _field(2000, "training prompts that set mean and variance; 0: all")
     samples: int = _field(2, "held-out prompts whose scored answers are printed at evaluations")
 
@@ -182,6 +182,7 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
         print(report)
     else:
         train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
+    held_out = held_out[: cfg.eval_limit or None]
 
     # 4 optimizer and schedule
     total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
@@ -191,7 +192,7 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
         shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
     )
 
-    with MetricsLog(cfg.output, total=total, title="reward", print_every=cfg.print_every) as log:
+    with MetricsLog(cfg.output, total=total, title="reward") as log:
         report_held_out(log, 0, model, tokenizer, held_out, cfg)
         for step, indices in zip(range(1, total + 1), batches, strict=False):
             start = time.perf_counter()
@@ -234,7 +235,8 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
 
         # 9 evaluate, normalise and save
         metrics |= report_held_out(log, total, model, tokenizer, held_out, cfg)
-        seen = train[: cfg.normalize_prompts] if cfg.normalize_prompts else train
+        indices = next(shuffled_batches(len(train), cfg.normalize_prompts or len(train), seed=cfg.seed, epoch=0))
+        seen = [train[i] for i in indices]
         raw = score_preferences(model, seen, tokenizer.pad_token_id, cfg.micro_batch_size)
         metrics |= normalize_scores(model, raw)
         save_model(model, tokenizer, cfg.output)

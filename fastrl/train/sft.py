@@ -49,6 +49,7 @@ class SFTConfig:
     output: str = _field("runs/sft", "folder for the model, checkpoints/ and metrics.jsonl")
     eval_data: str = _field("", "held-out instructions; empty: split off `holdout` of data")
     holdout: float = _field(0.05, "share of data held out for evaluation")
+    eval_limit: int = _field(500, "held-out items evaluated at most; 0: all")
     template: str = _field("auto", "prompt template: auto (chat template if any), chat or alpaca")
     max_length: int = _field(1024, "longest prompt + response in tokens")
     epochs: int = _field(1, "passes over the data")
@@ -70,7 +71,6 @@ class SFTConfig:
     seed: int = _field(0, "same seed, same run; on CPU bit for bit")
     eval_every: int = _field(50, "optimizer steps between evaluations; 0: at start and end only")
     save_every: int = _field(100, "optimizer steps between checkpoints; 0: none")
-    print_every: int = _field(10, "optimizer steps between printed lines")
     samples: int = _field(2, "held-out prompts answered at each evaluation")
     sample_tokens: int = _field(64, "longest sampled answer in tokens")
 
@@ -152,6 +152,7 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
         print(report)
     else:
         train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
+    held_out = held_out[: cfg.eval_limit or None]
 
     # 4 optimizer and schedule
     total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
@@ -161,7 +162,7 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
         shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
     )
 
-    with MetricsLog(cfg.output, total=total, title="sft", print_every=cfg.print_every) as log:
+    with MetricsLog(cfg.output, total=total, title="sft") as log:
         report_held_out(log, 0, model, tokenizer, held_out, cfg)
         for step, indices in zip(range(1, total + 1), batches, strict=False):
             start = time.perf_counter()

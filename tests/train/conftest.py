@@ -62,9 +62,7 @@ def tiny_config(**overrides) -> LlamaConfig:
 
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory, tiny_tokenizer) -> Path:
-    """Folder of a two-layer Llama causal LM (hidden 32, 259 tokens, context 256) with its
-    tokenizer.
-    """
+    """Folder of a two-layer Llama causal LM (hidden 32, 259 tokens, context 256) with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "policy"
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)

@@ -61,9 +61,7 @@ def test_position_ids_follow_the_mask():
 @pytest.mark.parametrize("padding", [0, 1, 9])
 @pytest.mark.parametrize("poison", [0, 200])
 def test_response_logprobs_do_not_see_left_padding(tiny_policy, padding, poison):
-    """pitfall 2, pitfall 3: any number of left pads, holding any token, leaves the log-probs as
-    they are.
-    """
+    """pitfall 2, pitfall 3: any number of left pads, holding any token, leaves the log-probs as they are."""
     model = load_policy(tiny_policy)
     width = padding + len(PROMPT) + len(RESPONSE)
     ids, mask = padded([PROMPT + RESPONSE], "left", width, pad=poison)
@@ -89,9 +87,7 @@ def test_response_logprobs_mask_and_entropy(tiny_policy):
 
 @pytest.mark.parametrize("kind", ["lora", "modules_to_save"])
 def test_adapter_on_the_head_counts(tiny_policy, kind):
-    """pitfall 30: LoRA or a trained copy on lm_head changes the log-probs exactly as it does in
-    eager.
-    """
+    """pitfall 30: LoRA or a trained copy on lm_head changes the log-probs exactly as it does in eager."""
     config = {"target_modules": ["q_proj", "lm_head"]} if kind == "lora" else {"target_modules": ["q_proj"]}
     saved = None if kind == "lora" else ["lm_head"]
     model = peft.get_peft_model(
@@ -117,9 +113,7 @@ def test_adapter_on_the_head_counts(tiny_policy, kind):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, 1], ids=["pad", "pad==eos"])
 def test_score_is_of_the_last_kept_token(tiny_scalar, side, pad):
-    """pitfall 5, pitfall 18: last token by the mask under either padding, pad == eos, with and
-    without eos.
-    """
+    """pitfall 5, pitfall 18: last token by the mask under either padding, pad == eos, with and without eos."""
     model = load_scalar_model(tiny_scalar)
     sequences = [[5, 6, 1], [7, 8, 9, 10, 11], [12]]
     ids, mask = padded(sequences, side, 8, pad)
@@ -232,9 +226,7 @@ def test_scalar_model_round_trip(tiny_policy, tiny_tokenizer, tmp_path, adapted)
 
 
 def test_other_architectures_reach_backbone_and_head(tiny_tokenizer):
-    """Absolute positions (GPT-2) and a softcapped head (Gemma 2) give eager's log-probs under left
-    padding.
-    """
+    """Absolute positions (GPT-2) and a softcapped head (Gemma 2) give eager's log-probs under left padding."""
     shared = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared)
     gemma2 = transformers.Gemma2Config(

@@ -194,7 +194,9 @@ def test_learns_normalises_and_saves_an_ordinary_folder(config, rank, capsys):
     assert stored["fastrl_score_mean"] == metrics["score_mean"]
     assert stored["fastrl_score_std"] == metrics["score_std"] > 0
 
-    auto = peft.AutoPeftModelForSequenceClassification if rank else transformers.AutoModelForSequenceClassification  # fmt: skip # noqa: E501
+    auto = transformers.AutoModelForSequenceClassification
+    if rank:
+        auto = peft.AutoPeftModelForSequenceClassification
     plain = auto.from_pretrained(cfg.output, num_labels=1)
     with torch.no_grad():
         expected = torch.cat([plain_scores(plain, p) for p in train[:3]])
@@ -277,7 +279,7 @@ def test_bf16_runs(config):
 
 def test_bad_input(config, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no usable record"):
+    with pytest.raises(ValueError, match="empty data set"):
         reward.main(replace(config, data=str(tmp_path / "empty.jsonl")))
     same = {"prompt": "a", "chosen": "b", "rejected": "b"}
     (tmp_path / "same.jsonl").write_text(json.dumps(same) + "\n")

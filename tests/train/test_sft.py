@@ -217,7 +217,7 @@ def test_divergence_stops_by_itself(config):
 
 def test_bad_input(config, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no usable record"):
+    with pytest.raises(ValueError, match="empty data set"):
         sft.main(replace(config, data=str(tmp_path / "empty.jsonl")))
     with pytest.raises(ValueError, match="max_length: expected at most 256"):
         sft.main(replace(config, max_length=512))
