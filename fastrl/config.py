@@ -8,6 +8,7 @@ one is unknown and says plainly what is wrong with a value.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import sys
@@ -53,10 +54,16 @@ def parse(
         raise ValueError(f"{config_class.__name__}: {error}") from error
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's help with types and defaults; the description keeps its lines."""
+
+
 def _parser(config_class: type, prog: str, description: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
+        usage=f"{prog} [--config FILE] [--KEY VALUE ...]",
         description=description,
+        formatter_class=_HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
         print_config="--print-config",
@@ -64,7 +71,8 @@ def _parser(config_class: type, prog: str, description: str) -> jsonargparse.Arg
     parser.add_argument(
         "--config",
         action=jsonargparse.ActionConfigFile,
-        help="YAML file with any of the keys below; keys on the command line win",
+        metavar="FILE",
+        help="YAML file with any of the keys below; what comes later on the command line wins",
     )
     hints = get_type_hints(config_class)
     for item in fields(config_class):

@@ -27,7 +27,7 @@ class Config:
 
 
 def load(*argv, config_class=Config):
-    return parse(config_class, argv, prog="fastrl test", description="Settings of a test.")
+    return parse(config_class, argv, prog="fastrl test", description="Settings of a test.\n\n    on its own line")
 
 
 @pytest.fixture
@@ -84,7 +84,9 @@ def test_print_config_round_trips(config_file, capsys):
 def test_help_shows_every_field_with_its_text(capsys):
     with pytest.raises(SystemExit):
         load("--help")
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert "\n    on its own line\n" in out
+    text = " ".join(out.split())
     assert "usage: fastrl test" in text and "Settings of a test." in text
     assert "folder with 100% of the model (required, type: str)" in text
     assert "peak rate (type: float, default: 1e-05)" in text
