@@ -1,0 +1,297 @@
+"""PPO on a reward model: sample, score, estimate advantages, update policy and critic.
+
+After Ziegler et al. 2019 and Ouyang et al. 2022: a KL penalty per token inside the reward, a critic of its own that
+starts from the reward model, whitened advantages, clipped policy and value losses. The discount is 1.
+
+    fastrl ppo --model runs/sft --reward_model runs/reward --data prompts.jsonl --output runs/ppo
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
+from fastrl.data import Prompt, load_prompts, split_holdout
+from fastrl.metrics import MetricsLog, PhaseTimer, peak_memory_gib
+from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs
+from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
+from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
+from fastrl.reference.masked import masked_mean
+from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
+from fastrl.train.ppo_batch import (
+    Experience,
+    batch_values,
+    by_length,
+    endless_order,
+    minibatches,
+    pool,
+    summarise,
+    take_rows,
+)
+from fastrl.train.ppo_roles import Assessment, Roles, assess, load_roles
+
+PRINTED_SAMPLES = 3
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of PPO."""
+
+    model: str = _field(MISSING, "SFT policy: folder or hub id; an adapter folder is merged")
+    reward_model: str = _field(MISSING, "reward model: folder or hub id; the critic starts from it")
+    data: str = _field(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    output: str = _field("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs")
+    iterations: int = _field(200, "rounds of sampling and updating")
+    batch_size: int = _field(64, "responses sampled per iteration; also the held-out prompts")
+    minibatch_size: int = _field(32, "responses per optimizer step")
+    micro_batch_size: int = _field(8, "responses per forward pass; does not change the result")
+    epochs: int = _field(4, "passes over the responses of an iteration")
+    max_prompt_length: int = _field(256, "longest prompt in tokens")
+    max_new_tokens: int = _field(64, "longest response in tokens")
+    temperature: float = _field(1.0, "of sampling and of all log-probabilities")
+    stop_tokens: str = _field("", "tokens that end a response, separated by commas; empty: eos")
+    no_stop_score: float | None = _field(None, "score of a response that no stop token ended")
+    learning_rate: float = _field(1e-5, "of the policy, decays linearly to 0")
+    critic_learning_rate: float = _field(1e-5, "of the critic, decays linearly to 0")
+    adam_eps: float = _field(1e-5, "Adam's epsilon; a larger one tames the first updates")
+    max_grad_norm: float = _field(1.0, "policy and critic are clipped apart; 0: not clipped")
+    kl_coef: float = _field(0.05, "weight of the KL penalty in the reward")
+    kl_estimator: str = _field("k1", "of the KL penalty and of the reported KL: k1, k2 or k3")
+    score_clip: float | None = _field(None, "scores are clipped to +- this")
+    gae_lambda: float = _field(0.95, "of generalized advantage estimation")
+    clip_coef: float = _field(0.2, "the probability ratio is clipped to 1 +- this")
+    target_kl: float | None = _field(None, "approx_kl that ends the updates of an iteration")
+    lora_rank: int = _field(16, "LoRA rank of policy and critic; 0: full fine-tuning")
+    lora_targets: str = _field("all-linear", "all-linear, or layer names separated by commas")
+    dtype: str = _field("float32", "weights: float32 or bfloat16")
+    device: str = _field("cpu", "cpu or cuda")
+    seed: int = _field(0, "same seed, same run; on CPU bit for bit")
+    eval_every: int = _field(20, "iterations between evaluations and checkpoints")
+
+
+def check_settings(cfg: PPOConfig) -> None:
+    """Raise ValueError for what would otherwise fail only after the first rollout."""
+    for name in (
+        "iterations",
+        "batch_size",
+        "minibatch_size",
+        "micro_batch_size",
+        "epochs",
+        "eval_every",
+    ):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"ppo: {name}: expected >= 1, got {getattr(cfg, name)}")
+    if cfg.kl_estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"ppo: kl_estimator: expected k1, k2 or k3, got {cfg.kl_estimator!r}")
+
+
+def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and held-out ones: a tenth, at most ``batch_size``. Too long ones are dropped and counted."""
+    for model in (roles.policy, roles.critic):
+        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
+    contexts = [context_length(model) or math.inf for model in (roles.policy, roles.critic)]
+    room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
+    prompts, report = load_prompts(cfg.data, tokenizer, max_prompt_length=room)
+    print(report)
+    return split_holdout(prompts, min(0.1, cfg.batch_size / len(prompts)), cfg.seed)
+
+
+def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
+    """Responses that depend on the weights, the seed and the number of the iteration alone."""
+    stop_tokens = [token for token in cfg.stop_tokens.split(",") if token]
+    return rollout(
+        policy,
+        tokenizer,
+        [prompt.input_ids for prompt in prompts],
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        stop_token_ids=find_stop_token_ids(tokenizer, policy, stop_tokens),
+        generator=torch.Generator(cfg.device).manual_seed(cfg.seed * 1_000_003 + iteration),
+    )
+
+
+def shape(assessed: Assessment, mask: Tensor, cfg: PPOConfig) -> Advantages:
+    """Rewards with the KL penalty, advantages and returns."""
+    return ppo_advantages(
+        assessed.logprobs,
+        assessed.ref_logprobs,
+        assessed.values,
+        assessed.scores,
+        mask,
+        kl_coef=cfg.kl_coef,
+        kl_estimator=cfg.kl_estimator,
+        score_clip=cfg.score_clip,
+        gae_lambda=cfg.gae_lambda,
+    )
+
+
+def update(
+    roles: Roles,
+    optimizers: Sequence[torch.optim.Optimizer],
+    experience: Experience,
+    cfg: PPOConfig,
+    iteration: int,
+) -> dict[str, float]:
+    """Minibatch epochs of PPO on policy and critic; statistics over all of them, weighted by tokens."""
+    history: list[PPOStats] = []
+    norms: list[tuple[float, float]] = []
+    for rows in minibatches(
+        len(experience.returns), cfg.minibatch_size, epochs=cfg.epochs, seed=cfg.seed, iteration=iteration
+    ):
+        kept = int(experience.response_mask[rows].sum())
+        losses, parts = [], []
+        for micro in by_length(experience, rows, cfg.micro_batch_size):
+            batch = take_rows(experience, micro)
+            logprobs = response_logprobs(
+                roles.policy,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.response_mask,
+                temperature=cfg.temperature,
+            )
+            loss, stats = ppo_loss(
+                logprobs,
+                batch_values(roles.critic, batch),
+                batch.old_logprobs,
+                batch.old_values,
+                batch.advantages,
+                batch.returns,
+                batch.response_mask,
+                clip_coef=cfg.clip_coef,
+                denominator=kept,  # of the whole minibatch, so that its micro-batches add up
+            )
+            loss.backward()
+            losses.append(loss.detach())
+            parts.append(stats)
+        check_finite(float(sum(losses)), iteration, last_checkpoint(cfg.output))
+        policy_norm, critic_norm = (
+            optimizer_step(model, optimizer, None, max_grad_norm=cfg.max_grad_norm, step=iteration)
+            for model, optimizer in zip((roles.policy, roles.critic), optimizers, strict=True)
+        )
+        norms.append((policy_norm, critic_norm))
+        history.append(pool(parts))
+        if cfg.target_kl is not None and float(history[-1].approx_kl) > cfg.target_kl:
+            break
+    means = {name: float(value) for name, value in pool(history)._asdict().items()}
+    for unused in ("tokens", "entropy", "explained_variance"):  # of the rollout, reported by the caller
+        del means[unused]
+    return {
+        **means,
+        "first_approx_kl": float(history[0].approx_kl),
+        "grad_norm": sum(norm for norm, _ in norms) / len(norms),
+        "critic_grad_norm": sum(norm for _, norm in norms) / len(norms),
+        "updates": len(history),
+    }
+
+
+def evaluate(
+    roles: Roles,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    cfg: PPOConfig,
+    log: MetricsLog,
+    step: int,
+) -> tuple[dict[str, float], list[str]]:
+    """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
+    trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
+    assessed = assess(roles, trajectory, cfg, PhaseTimer(cfg.device))
+    shaped = shape(assessed, trajectory.response_mask, cfg)
+    metrics = summarise(trajectory, shaped.stats, cfg.kl_estimator)
+    log.write(step, "eval", **metrics)
+    texts = decode_responses(tokenizer, trajectory)
+    with (Path(cfg.output) / "samples.jsonl").open("a" if step else "w", encoding="utf-8") as file:
+        for prompt, text, score in zip(prompts, texts, assessed.scores.tolist(), strict=True):
+            record = {"step": step, "prompt": prompt.text, "response": text, "score": score}
+            file.write(json.dumps(record) + "\n")
+    return metrics, texts
+
+
+def main(cfg: PPOConfig) -> dict[str, Any]:
+    """Train, evaluate and save; returns the final metrics.
+
+    Raises:
+        ValueError: a setting, a model, its tokenizer or the data do not fit.
+        NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
+    """
+    check_settings(cfg)
+    transformers.set_seed(cfg.seed)  # before adapters are drawn
+    tokenizer = load_tokenizer(cfg.model)
+    roles = load_roles(cfg, tokenizer)
+    prompts, held_out = read_prompts(cfg, roles, tokenizer)
+    order = endless_order(len(prompts), seed=cfg.seed)
+    optimizers = (
+        make_optimizer(roles.policy, learning_rate=cfg.learning_rate, eps=cfg.adam_eps),
+        make_optimizer(roles.critic, learning_rate=cfg.critic_learning_rate, eps=cfg.adam_eps),
+    )
+    schedules = [
+        make_schedule(optimizer, kind="linear", warmup_steps=0, total_steps=cfg.iterations) for optimizer in optimizers
+    ]
+    timer = PhaseTimer(cfg.device)
+
+    with MetricsLog(cfg.output, total=cfg.iterations, title="ppo") as log:
+        metrics, before = evaluate(roles, tokenizer, held_out, cfg, log, 0)
+        for iteration in range(1, cfg.iterations + 1):
+            start = time.perf_counter()
+
+            # 1 sample a response to each prompt
+            chosen = [prompts[i] for i in islice(order, cfg.batch_size)]
+            with timer.phase("sample"):
+                trajectory = sample(roles.policy, tokenizer, chosen, cfg, iteration)
+            mask = trajectory.response_mask
+
+            # 2 score the responses, 3 log-probs of policy and reference, values of the critic
+            assessed = assess(roles, trajectory, cfg, timer)
+
+            # 4 KL penalty and score into rewards, generalized advantages, whitening
+            with timer.phase("advantages"):
+                shaped = shape(assessed, mask, cfg)
+
+            # 5 minibatch epochs on policy and critic
+            experience = Experience(*trajectory[:2], mask, assessed.logprobs, assessed.values, *shaped[:2])
+            learning_rate = schedules[0].get_last_lr()[0]
+            with timer.phase("update"):
+                updated = update(roles, optimizers, experience, cfg, iteration)
+            for schedule in schedules:
+                schedule.step()
+
+            # 6 report, over kept tokens only
+            log.write(
+                iteration,
+                **summarise(trajectory, shaped.stats, cfg.kl_estimator),
+                entropy=float(masked_mean(assessed.entropy, mask)),
+                value=float(shaped.stats.value_mean),
+                explained_variance=float(shaped.stats.explained_variance),
+                **updated,
+                lr=learning_rate,
+                **timer.take(),
+                tokens_per_s=int(mask.sum()) / (time.perf_counter() - start),
+                peak_mem_gib=peak_memory_gib(cfg.device),
+            )
+
+            # 7 evaluate, show samples, keep the weights
+            if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
+                metrics, texts = evaluate(roles, tokenizer, held_out, cfg, log, iteration)
+                for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
+                    log.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
+                folder = save_checkpoint(roles.policy, tokenizer, cfg.output, iteration)
+                save_model(roles.critic, tokenizer, folder / "critic")
+
+        # 8 save
+        save_model(roles.policy, tokenizer, cfg.output)
+        save_model(roles.critic, tokenizer, Path(cfg.output) / "critic")
+    return {"iterations": cfg.iterations, "output": cfg.output, **metrics}

@@ -1,0 +1,133 @@
+"""What PPO computes on rows of experience: chunks without padding, scores, log-probs, values, summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.data import shuffled_batches
+from fastrl.models import last_token_scores, response_logprobs, token_scores
+from fastrl.ops import AdvantageStats, PPOStats
+from fastrl.rollout import Trajectory
+
+
+class Experience(NamedTuple):
+    """What an update learns from; one row per sequence, responses in the last R columns of ``input_ids``."""
+
+    input_ids: Tensor  # (B, P + R)
+    attention_mask: Tensor  # (B, P + R) bool
+    response_mask: Tensor  # (B, R) bool
+    old_logprobs: Tensor  # (B, R)
+    old_values: Tensor  # (B, R)
+    advantages: Tensor  # (B, R)
+    returns: Tensor  # (B, R)
+
+
+Rows = TypeVar("Rows", Trajectory, Experience)
+
+
+def take_rows(batch: Rows, rows: Tensor) -> Rows:
+    """The given rows, without the columns that are padding in all of them.
+
+    Fields as wide as ``input_ids`` lose columns on both sides, fields as wide as ``response_mask`` on the right.
+    """
+    width, length = batch.input_ids.shape[1], batch.response_mask.shape[1]
+    start = int(batch.attention_mask[rows].any(0).nonzero()[0])  # first column with a prompt token
+    end = int(batch.response_mask[rows].sum(1).max())  # longest of these responses
+    columns = {width: slice(start, width - length + end), length: slice(0, end)}
+    return type(batch)(*(x[rows] if x.dim() == 1 else x[rows, columns[x.shape[1]]] for x in batch))
+
+
+def by_length(batch: Trajectory | Experience, rows: Tensor, size: int) -> Iterator[Tensor]:
+    """``rows`` in chunks of ``size``, longest sequences together, so that ``take_rows`` drops most of the padding."""
+    rows = rows.to(batch.attention_mask.device)
+    lengths = batch.attention_mask[rows].sum(1)
+    yield from rows[lengths.argsort(descending=True, stable=True)].split(size)
+
+
+def map_rows(function: Callable[[Trajectory], Sequence[Tensor]], trajectory: Trajectory, size: int) -> list[Tensor]:
+    """``function`` on chunks of ``size`` rows; its outputs (b,) or (b, R') joined in order to (B,) or (B, R)."""
+    batch, length = trajectory.response_mask.shape
+    every_row = torch.arange(batch, device=trajectory.input_ids.device)
+    outputs: list[Tensor] = []
+    for rows in by_length(trajectory, every_row, size):
+        results = function(take_rows(trajectory, rows))
+        if not outputs:
+            outputs = [x.new_zeros((batch, length)[: x.dim()]) for x in results]
+        for output, result in zip(outputs, results, strict=True):
+            output[(rows, slice(0, result.shape[-1]))[: result.dim()]] = result
+    return outputs
+
+
+def response_scores(reward_model: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
+    """(B,) score on the last kept token of each row."""
+
+    def score(part: Trajectory) -> list[Tensor]:
+        return [last_token_scores(reward_model, part.input_ids, part.attention_mask)]
+
+    return map_rows(score, trajectory, size)[0]
+
+
+def sampled_logprobs(model: nn.Module, trajectory: Trajectory, size: int, temperature: float) -> list[Tensor]:
+    """Log-probs and entropies (B, R) at the sampled tokens."""
+
+    def logprobs(part: Trajectory) -> Sequence[Tensor]:
+        return response_logprobs(
+            model,
+            part.input_ids,
+            part.attention_mask,
+            part.response_mask,
+            temperature=temperature,
+            return_entropy=True,
+        )
+
+    return map_rows(logprobs, trajectory, size)
+
+
+def batch_values(critic: nn.Module, batch: Trajectory | Experience) -> Tensor:
+    """(B, R) ``values[b, t]`` of the state before response token t: the critic on the token before it."""
+    values = token_scores(critic, batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
+    return values[:, -batch.response_mask.shape[1] :]  # columns P - 1 ... P + R - 2
+
+
+def response_values(critic: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
+    """``batch_values`` of a whole trajectory, chunk by chunk."""
+    return map_rows(lambda part: [batch_values(critic, part)], trajectory, size)[0]
+
+
+def minibatches(rows: int, size: int, *, epochs: int, seed: int, iteration: int) -> Iterator[Tensor]:
+    """Row indices of every minibatch of ``epochs`` passes, in an order given by ``seed`` and ``iteration``."""
+    for epoch in range(epochs):
+        for indices in shuffled_batches(rows, size, seed=seed, epoch=iteration * epochs + epoch):
+            yield torch.tensor(indices)
+
+
+def endless_order(items: int, *, seed: int) -> Iterator[int]:
+    """Indices of one shuffled pass over the items after the other."""
+    for epoch in count():
+        for indices in shuffled_batches(items, items, seed=seed, epoch=epoch):
+            yield from indices
+
+
+def pool(parts: Sequence[PPOStats]) -> PPOStats:
+    """Statistics of several batches as those of one: means weighted by tokens, the largest ratio."""
+    table = torch.stack([torch.stack(part) for part in parts])  # (parts, statistics)
+    tokens = table[:, 0]
+    means = PPOStats(*(table * (tokens / tokens.sum())[:, None]).sum(0))
+    return means._replace(tokens=tokens.sum(), ratio_max=torch.stack([x.ratio_max for x in parts]).max())
+
+
+def summarise(trajectory: Trajectory, stats: AdvantageStats, estimator: str) -> dict[str, float]:
+    """Means over responses: score, reward = score - KL penalty, KL by the named estimator, length, share stopped."""
+    return {
+        "score": float(stats.score_mean),
+        "reward": float(stats.reward_sum_mean),
+        f"kl_{estimator}": float(stats.kl_sum_mean),
+        f"kl_{estimator}_per_token": float(stats.kl_mean),
+        "response_tokens": float(stats.tokens / stats.sequences),
+        "stopped": float(trajectory.stopped.float().mean()),
+    }
