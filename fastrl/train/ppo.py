@@ -157,7 +157,7 @@ def update(
         losses, parts = [], []
         for micro in by_length(experience, rows, cfg.micro_batch_size):
             batch = take_rows(experience, micro)
-            logprobs = response_logprobs(
+            logprobs: Any = response_logprobs(
                 roles.policy,
                 batch.input_ids,
                 batch.attention_mask,
@@ -206,12 +206,12 @@ def evaluate(
     cfg: PPOConfig,
     log: MetricsLog,
     step: int,
-) -> tuple[dict[str, float], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
     assessed = assess(roles, trajectory, cfg, PhaseTimer(cfg.device))
     shaped = shape(assessed, trajectory.response_mask, cfg)
-    metrics = summarise(trajectory, shaped.stats, cfg.kl_estimator)
+    metrics: dict[str, Any] = summarise(trajectory, shaped.stats, cfg.kl_estimator)
     log.write(step, "eval", **metrics)
     texts = decode_responses(tokenizer, trajectory)
     with (Path(cfg.output) / "samples.jsonl").open("a" if step else "w", encoding="utf-8") as file:
@@ -270,18 +270,18 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
                 schedule.step()
 
             # 6 report, over kept tokens only
-            log.write(
-                iteration,
+            report: dict[str, Any] = {
                 **summarise(trajectory, shaped.stats, cfg.kl_estimator),
-                entropy=float(masked_mean(assessed.entropy, mask)),
-                value=float(shaped.stats.value_mean),
-                explained_variance=float(shaped.stats.explained_variance),
+                "entropy": float(masked_mean(assessed.entropy, mask)),
+                "value": float(shaped.stats.value_mean),
+                "explained_variance": float(shaped.stats.explained_variance),
                 **updated,
-                lr=learning_rate,
+                "lr": learning_rate,
                 **timer.take(),
-                tokens_per_s=int(mask.sum()) / (time.perf_counter() - start),
-                peak_mem_gib=peak_memory_gib(cfg.device),
-            )
+                "tokens_per_s": int(mask.sum()) / (time.perf_counter() - start),
+                "peak_mem_gib": peak_memory_gib(cfg.device),
+            }
+            log.write(iteration, **report)
 
             # 7 evaluate, show samples, keep the weights
             if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def response_scores(reward_model: nn.Module, trajectory: Trajectory, size: int) 
 def sampled_logprobs(model: nn.Module, trajectory: Trajectory, size: int, temperature: float) -> list[Tensor]:
     """Log-probs and entropies (B, R) at the sampled tokens."""
 
-    def logprobs(part: Trajectory) -> Sequence[Tensor]:
+    def logprobs(part: Trajectory) -> Any:
         return response_logprobs(
             model,
             part.input_ids,
@@ -121,7 +121,7 @@ def pool(parts: Sequence[PPOStats]) -> PPOStats:
     return means._replace(tokens=tokens.sum(), ratio_max=torch.stack([x.ratio_max for x in parts]).max())
 
 
-def summarise(trajectory: Trajectory, stats: AdvantageStats, estimator: str) -> dict[str, float]:
+def summarise(trajectory: Trajectory, stats: AdvantageStats, estimator: str) -> dict[str, Any]:
     """Means over responses: score, reward = score - KL penalty, KL by the named estimator, length, share stopped."""
     return {
         "score": float(stats.score_mean),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from fastrl.models import response_logprobs
 from fastrl.rollout import (
     Trajectory,
     decode_responses,
@@ -122,6 +123,24 @@ def test_whole_vocabulary_is_sampled_and_generation_config_is_named(model, token
     with pytest.warns(UserWarning, match="top_k=1; not applied"):
         trajectory = sample(model, tokenizer, [[5]] * 200, stop_token_ids=[])
     assert trajectory.responses.unique().numel() == VOCABULARY
+
+
+def test_sampled_tokens_follow_the_logprobs_used_in_training(model, tokenizer):
+    """pitfall 26, pitfall 48: mean log-prob of sampled tokens equals minus the mean entropy at the same temperature."""
+    model.eval()
+    trajectory = sample(model, tokenizer, PROMPTS * 300, temperature=0.7)
+    with torch.no_grad():
+        logprobs, entropy = response_logprobs(
+            model,
+            trajectory.input_ids,
+            trajectory.attention_mask,
+            trajectory.response_mask,
+            temperature=0.7,
+            return_entropy=True,
+        )
+    kept = trajectory.response_mask
+    surprise = (logprobs + entropy)[kept]
+    assert surprise.mean().abs() < 5 * surprise.std() / kept.sum().sqrt()
 
 
 def test_same_seed_same_tokens(model, tokenizer):
