@@ -1,0 +1,213 @@
+"""The package installs, imports and explains itself wherever it lands: no GPU, no Triton, no compiler, no checkout."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastrl.ops import backend
+
+ROOT = Path(__file__).parent.parent
+OPS = list(backend.NATIVE_BACKENDS)
+
+
+def run(*command, env=None, cwd=None, check=True):
+    result = subprocess.run(
+        [str(c) for c in command], env={**os.environ, **(env or {})}, cwd=cwd, capture_output=True, text=True
+    )
+    output = result.stdout + result.stderr
+    assert not check or result.returncode == 0, output
+    return result.returncode, output
+
+
+def python(code, **options):
+    return run(sys.executable, "-c", code, **options)
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """A copy of the tracked files, so that builds leave nothing in the checkout."""
+    tree = tmp_path_factory.mktemp("source") / "fastrl-kernels"
+    ignore = shutil.ignore_patterns(".git", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(source_tree):
+    """A wheel made from an sdist, as a packager would."""
+    build = [sys.executable, "-m", "build", "--no-isolation"]
+    run(*build, "--sdist", "-o", "dist", cwd=source_tree)
+    (sdist,) = (source_tree / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(sdist, source_tree / "unpacked")
+    (unpacked,) = (source_tree / "unpacked").iterdir()
+    run(*build, "--wheel", "-o", source_tree / "dist", cwd=unpacked, env={"FASTRL_CUDA": "off"})
+    (wheel,) = (source_tree / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_wheel_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(re.fullmatch(r"fastrl/_C\..*\.so", name) for name in names)
+    for wanted in ("fastrl/py.typed", "fastrl/_C.pyi", "fastrl/ops/token_logprobs.py", "fastrl/benches/harness.py"):
+        assert wanted in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "kernels/", "benches/", "csrc/")) for name in names)
+
+
+@pytest.mark.slow
+def test_wheel_works_in_a_clean_environment_outside_the_checkout(wheel, tmp_path):
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    clean = tmp_path / "venv/bin/python"
+    run(clean, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    # Dependencies come from the running environment; path files in there (an editable fastrl) are not read.
+    _, site = run(clean, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    (Path(site.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    code = (
+        "import torch, fastrl, fastrl._C\n"
+        "from fastrl.ops import token_logprobs\n"
+        "x = token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3]), backend='cpu')\n"
+        "assert torch.allclose(x.exp(), torch.tensor(0.25)), x\n"
+        "print(fastrl.__file__, fastrl.__version__)"
+    )
+    _, output = run(clean, "-c", code, cwd=tmp_path)
+    assert str(tmp_path) in output
+    _, doctor = run(tmp_path / "venv/bin/fastrl", "doctor", cwd=tmp_path)
+    assert "token_logprobs" in doctor
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r} or name.split('.')[0] in {blocked!r}:
+            raise ImportError('blocked: ' + name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_import_needs_no_triton_no_gpu_no_transformers():
+    code = BLOCK.format(blocked=("triton", "transformers", "peft", "datasets", "accelerate"))
+    code += "import torch, fastrl.ops as ops\n"
+    code += "print(ops.token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend='cpu'))"
+    python(code, env={"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_without_the_native_module_everything_runs_on_reference():
+    code = BLOCK.format(blocked=("fastrl._C",))
+    code += (
+        "import torch, fastrl.ops as ops\n"
+        "print(ops.token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)))\n"
+        "try: ops.token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend='cpu')\n"
+        "except ValueError as error: print(error)\n"
+        "from fastrl.cli import main\n"
+        "sys.exit(main(['doctor']) or 0)"
+    )
+    _, output = python(code)
+    assert "blocked: fastrl._C" in output and "reference" in output
+
+
+def test_one_openmp_runtime():
+    """torch and fastrl._C share one libgomp; two of them would oversubscribe the cores."""
+    import fastrl._C  # noqa: F401
+
+    maps = Path("/proc/self/maps").read_text()
+    assert len(set(re.findall(r"\S*/libgomp\S*", maps))) == 1
+
+
+def test_forced_instruction_set():
+    code = "import torch, fastrl._C as c; print(c.cpu_isa())"
+    assert "baseline" in python(code, env={"FASTRL_CPU_ISA": "baseline"})[1]
+    status, output = python(code, env={"FASTRL_CPU_ISA": "sse9"}, check=False)
+    assert status != 0 and "FASTRL_CPU_ISA: expected" in output
+
+
+def test_backend_requests(monkeypatch):
+    import torch
+
+    logits, ids = torch.zeros(1, 3), torch.zeros(1, dtype=torch.long)
+    monkeypatch.setenv("FASTRL_BACKEND", "reference")
+    assert backend.choose("token_logprobs", logits) == "reference"
+    assert backend.choose("token_logprobs", logits, "cpu") == "cpu"
+    monkeypatch.setenv("FASTRL_BACKEND", "quantum")
+    with pytest.raises(ValueError, match="FASTRL_BACKEND: expected one of reference, cpu, triton, cuda, got 'quantum'"):
+        backend.choose("token_logprobs", logits)
+    with pytest.raises(ValueError, match="backend='cuda' is not possible: .*; possible here: reference, cpu"):
+        from fastrl.ops import token_logprobs
+
+        token_logprobs(logits, ids, backend="cuda")
+    monkeypatch.delenv("FASTRL_BACKEND")
+    assert backend.choose("token_logprobs", logits.double()) == "reference"
+    with pytest.raises(ValueError, match="float64"):
+        backend.choose("token_logprobs", logits.double(), "cpu")
+
+
+def build_in_place(tree, **env):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
+    shutil.rmtree(tree / "temp", ignore_errors=True)
+    return run(*command, cwd=tree, env=env, check=False)
+
+
+def test_build_failures_are_clear(source_tree, tmp_path):
+    status, output = build_in_place(source_tree, FASTRL_CUDA="maybe")
+    assert status != 0 and "FASTRL_CUDA must be auto, on or off, got 'maybe'" in output
+    bare = {"CUDACXX": "", "CUDA_HOME": str(tmp_path), "CUDA_PATH": "", "PATH": "/nowhere"}
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        status, output = build_in_place(source_tree, FASTRL_CUDA="on", **bare)
+        assert status != 0 and "FASTRL_CUDA=on, but nvcc was not found" in output
+    status, output = build_in_place(source_tree, FASTRL_CUDA="off", CXX=str(tmp_path / "no-such-compiler"))
+    assert status != 0 and "no-such-compiler" in output
+    old = tmp_path / "g++"
+    old.write_text('#!/bin/sh\nexec /usr/bin/env g++ -U__GNUC__ -D__GNUC__=8 "$@"\n')
+    old.chmod(0o755)
+    status, output = build_in_place(source_tree, FASTRL_CUDA="off", CXX=str(old))
+    assert status != 0 and re.search(r"needs\s+GCC >= 9 or Clang >= 12,\s+found\s+GNU\s+8", output), output
+    other_platform = "import platform, sys, runpy; platform.system = lambda: 'Darwin'\n"
+    other_platform += "sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py')"
+    status, output = python(other_platform, cwd=source_tree, check=False)
+    assert status != 0 and "only Linux is supported, this is Darwin" in output
+
+
+def test_stub_matches_the_module():
+    """fastrl/_C.pyi names the module's functions and their arguments, in order."""
+    import fastrl._C as native
+
+    stub = ast.parse((ROOT / "fastrl/_C.pyi").read_text())
+    declared = {f.name: [a.arg for a in f.args.args] for f in stub.body if isinstance(f, ast.FunctionDef)}
+    found = {}
+    for name, value in vars(native).items():
+        if callable(value) and not name.startswith("_"):
+            signature = value.__doc__.splitlines()[0]
+            found[name] = re.findall(r"[(,] ?(\w+):", signature)
+            assert len(value.__doc__.strip().splitlines()) > 1, f"{name} has no docstring"
+    if not native.has_cuda:
+        declared = {name: args for name, args in declared.items() if not name.startswith("cuda_")}
+    assert found == declared
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_found_by_its_name(op):
+    """Parallel names: interface, reference, test; groups and heads live with the op that they extend."""
+    stem = {"lora_linear_group": "lora_linear"}.get(op, op)
+    for place in (f"fastrl/ops/{stem}.py", f"fastrl/reference/{stem}.py", f"tests/ops/test_{stem}.py"):
+        assert (ROOT / place).is_file(), place
+    import fastrl.ops
+
+    assert op in fastrl.ops.__all__ and "backend" in getattr(fastrl.ops, op).__kwdefaults__
+
+
+def test_pickle_and_remote_code_are_not_used():
+    for path in (ROOT / "fastrl").rglob("*.py"):
+        text = path.read_text()
+        assert "trust_remote_code=True" not in text and "import pickle" not in text, path
+        assert "torch.load(" not in text or "weights_only=True" in text, path
