@@ -17,7 +17,8 @@ import transformers
 from fastrl.export import find_tokenizer
 from fastrl.formats import Message
 from fastrl.models import context_length, load_policy
-from fastrl.templates import TEMPLATES, encode_prompt, end_token_id
+from fastrl.rollout import find_stop_token_ids
+from fastrl.templates import TEMPLATES, encode_prompt
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,8 +30,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
     transformers.set_seed(options.seed)
     tokenizer = find_tokenizer(options.model)
-    stops = stop_token_ids(tokenizer, options.template, options.stop)
     model = load_policy(options.model, dtype=options.dtype, device=options.device)
+    stops = find_stop_token_ids(tokenizer, model)
+    if options.stop:
+        stops += find_stop_token_ids(tokenizer, model, options.stop)
 
     start: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
@@ -71,17 +74,6 @@ def reply(
     if output and output[-1] in stop_token_ids:
         output.pop()
     return tokenizer.decode(output, skip_special_tokens=True).strip()
-
-
-def stop_token_ids(tokenizer: Any, template: str, extra: Sequence[str] = ()) -> list[int]:
-    """The end token of the template, eos, and the named extra tokens."""
-    stops = [end_token_id(tokenizer, template), tokenizer.eos_token_id]
-    vocabulary = tokenizer.get_vocab()
-    for token in extra:
-        if token not in vocabulary:
-            raise ValueError(f"stop: '{token}' is not one token of this tokenizer")
-        stops.append(vocabulary[token])
-    return [stop for stop in dict.fromkeys(stops) if stop is not None]
 
 
 def fitting_prompt(

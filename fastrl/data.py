@@ -52,6 +52,7 @@ class Prompt(NamedTuple):
 class LoadReport:
     """How many records became items, and how many were left out or cut short."""
 
+    source: str
     kept: int
     dropped: int
     truncated: int
@@ -60,7 +61,7 @@ class LoadReport:
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.items())
         return (
-            f"{self.kept} kept, {self.dropped} dropped"
+            f"{self.source}: {self.kept} kept, {self.dropped} dropped"
             + (f" ({reasons})" if reasons else "")
             + f", {self.truncated} truncated"
         )
@@ -246,9 +247,9 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _report(source: Source, items: Sequence[Any], dropped: Counter[str], truncated: int) -> LoadReport:
-    report = LoadReport(len(items), dropped.total(), truncated, dict(dropped))
+    report = LoadReport(os.fspath(source), len(items), dropped.total(), truncated, dict(dropped))
     if not items:
-        raise ValueError(f"{os.fspath(source)}: empty data set: {report}")
+        raise ValueError(f"empty data set: {report}")
     return report
 
 
