@@ -113,7 +113,10 @@ def backends(device: str, dtype: str) -> str:
     from fastrl.ops import backend
 
     try:
-        rows = backend.explain(device, getattr(torch, dtype))
+        rows = [
+            (op, chosen, reason or "no native kernel in this version")
+            for op, chosen, reason in backend.explain(device, getattr(torch, dtype))
+        ]
     except ValueError as error:
         return f"  {error}"
     return _table([("op", "backend", "reason"), *rows])
