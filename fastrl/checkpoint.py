@@ -22,7 +22,7 @@ def save_model(
     tokenizer: transformers.PreTrainedTokenizerBase,
     folder: str | Path,
 ) -> Path:
-    """Write model and tokenizer into ``folder``, which transformers (or PEFT, for an adapter) loads
+    """Write model and tokenizer into `folder`, which transformers (or PEFT, for an adapter) loads
     without fastrl.
 
     A killed save leaves what was there: files are written aside and moved into place. Of a PEFT
@@ -73,8 +73,8 @@ def save_checkpoint(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write ``output/checkpoints/step-NNNNNN`` (weights after ``step`` updates) and drop all but
-    the newest ``keep``.
+    """Write `output/checkpoints/step-NNNNNN` (weights after `step` updates) and drop all but
+    the newest `keep`.
 
     Call it once a finite loss of these weights is known, so that the newest checkpoint is always a
     good one.
@@ -87,7 +87,7 @@ def save_checkpoint(
 
 
 def last_checkpoint(output: str | Path) -> Path | None:
-    """Newest checkpoint under ``output``; None if there is none."""
+    """Newest checkpoint under `output`; None if there is none."""
     found = _checkpoints(output)
     return found[-1] if found else None
 
@@ -97,10 +97,10 @@ def save_merged_base(
     tokenizer: transformers.PreTrainedTokenizerBase,
     output: str | Path,
 ) -> None:
-    """Give a model that was merged from an adapter folder a folder of its own, ``output/base``;
+    """Give a model that was merged from an adapter folder a folder of its own, `output/base`;
     else do nothing.
 
-    Call it before ``add_lora``: the new adapter then names ``output/base`` as its base, so that
+    Call it before `add_lora`: the new adapter then names `output/base` as its base, so that
     plain PEFT loads it.
     """
     if not is_adapter(model.config._name_or_path):

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class SFTBatch(NamedTuple):
-    """Right-padded sequences; ``loss_mask[b, t]`` says that token t is a target that counts."""
+    """Right-padded sequences; `loss_mask[b, t]` says that token t is a target that counts."""
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) bool
@@ -52,7 +52,7 @@ def ranking_batch(preferences: Sequence[Preference], pad_id: int, device: str | 
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Consecutive slices of at most ``size`` items."""
+    """Consecutive slices of at most `size` items."""
     if size < 1:
         raise ValueError(f"micro_batch_size: expected at least 1, got {size}")
     return (items[start : start + size] for start in range(0, len(items), size))
@@ -64,7 +64,7 @@ def supervised_tokens(examples: Sequence[Example]) -> int:
 
 
 def sft_loss(model: nn.Module, batch: SFTBatch, *, denominator: int) -> Tensor:
-    """Sum of -log p(token) over the supervised tokens, divided by ``denominator``.
+    """Sum of -log p(token) over the supervised tokens, divided by `denominator`.
 
     Pass the supervised tokens of the whole optimizer step, so that micro-batches add up to the
     full batch's loss and gradient exactly.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 
 class MetricsLog:
-    """Appends records to ``output/metrics.jsonl``, shows a bar of ``total`` steps on stderr, prints
+    """Appends records to `output/metrics.jsonl`, shows a bar of `total` steps on stderr, prints
     every Nth line.
 
     Use as a context manager. The bar hides itself where stderr is no terminal; the lines are
@@ -31,7 +31,7 @@ class MetricsLog:
         self._total, self._title, self._print_every = total, title, print_every
 
     def write(self, step: int, kind: str = "train", **metrics: float | int | str | None) -> None:
-        """One record {"step", "kind", **metrics}; a "train" record moves the bar to ``step``."""
+        """One record {"step", "kind", **metrics}; a "train" record moves the bar to `step`."""
         self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         self._file.flush()
         if kind == "train":
@@ -53,7 +53,7 @@ class MetricsLog:
 
 
 class PhaseTimer:
-    """Seconds spent per named phase: ``with timer.phase("update"): ...``, then ``timer.take()``."""
+    """Seconds spent per named phase: `with timer.phase("update"): ...`, then `timer.take()`."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self._device = torch.device(device)

@@ -28,7 +28,7 @@ SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
 
 
 class LoRASettings(NamedTuple):
-    """Adapter shape; ``target_modules``: "all-linear", or layer names (a tuple, or comma-separated)."""
+    """Adapter shape; `target_modules`: "all-linear", or layer names (a tuple, or comma-separated)."""
 
     rank: int = 16
     alpha: int = 32
@@ -80,7 +80,7 @@ def load_policy(
     """Causal LM of a folder or hub id, in eval mode; an adapter folder is loaded and merged into
     its base.
 
-    ``model.config._name_or_path`` stays ``path``, so that ``checkpoint.save_merged_base`` can tell
+    `model.config._name_or_path` stays `path`, so that `checkpoint.save_merged_base` can tell
     a merged model.
     """
     path = _existing(path)
@@ -139,7 +139,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def check_context(model: nn.Module, length: int, setting: str) -> None:
-    """Raise ValueError if ``setting`` asks for sequences longer than the model's context."""
+    """Raise ValueError if `setting` asks for sequences longer than the model's context."""
     context = context_length(model)
     if context is not None and length > context:
         raise ValueError(
@@ -244,13 +244,13 @@ def response_logprobs(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the response, which is the last R columns of ``input_ids`` (B, P + R).
+    """Log-probabilities of the response, which is the last R columns of `input_ids` (B, P + R).
 
-    ``logprobs[b, t]`` is of response token t, from the hidden state of the token before it; only
-    positions kept by ``response_mask`` (B, R) reach the head.
+    `logprobs[b, t]` is of response token t, from the hidden state of the token before it; only
+    positions kept by `response_mask` (B, R) reach the head.
 
     Returns:
-        (B, R) fp32 nats, 0 where masked; with ``return_entropy`` also the entropies (B, R).
+        (B, R) fp32 nats, 0 where masked; with `return_entropy` also the entropies (B, R).
     """
     from fastrl.ops import linear_logprobs
 

@@ -41,10 +41,10 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, *, kind: str, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then ``kind`` ("constant", "linear" or "cosine") to 0
-    at ``total_steps``.
+    """Linear warm-up over `warmup_steps`, then `kind` ("constant", "linear" or "cosine") to 0
+    at `total_steps`.
 
-    The first step already moves: it uses lr / warmup_steps. ``optimizer.param_groups[0]["lr"]`` is
+    The first step already moves: it uses lr / warmup_steps. `optimizer.param_groups[0]["lr"]` is
     the lr in use.
     """
     if kind not in SCHEDULES:
@@ -60,7 +60,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, *, kind: str, warmup_steps: 
 
 
 def count_steps(examples: int, batch_size: int, *, epochs: int, max_steps: int = 0) -> int:
-    """Optimizer steps of a run: ``max_steps`` if positive, else what ``epochs`` passes need."""
+    """Optimizer steps of a run: `max_steps` if positive, else what `epochs` passes need."""
     if examples == 0:
         raise ValueError("training data: expected at least one example, got none after loading")
     total = max_steps if max_steps > 0 else epochs * math.ceil(examples / max(1, batch_size))
@@ -70,7 +70,7 @@ def count_steps(examples: int, batch_size: int, *, epochs: int, max_steps: int =
 
 
 def check_finite(loss: float, step: int, last_good: object = None) -> None:
-    """Raise NonFiniteError if the loss of ``step`` (counted from 1) is NaN or infinite."""
+    """Raise NonFiniteError if the loss of `step` (counted from 1) is NaN or infinite."""
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"loss is {loss} at step {step}: training stopped before the update;"
@@ -87,7 +87,7 @@ def optimizer_step(
     max_grad_norm: float,
     step: int = 0,
 ) -> float:
-    """Clip the accumulated gradients to ``max_grad_norm`` (<= 0: do not clip), update, clear them;
+    """Clip the accumulated gradients to `max_grad_norm` (<= 0: do not clip), update, clear them;
     returns their norm.
 
     Raises:

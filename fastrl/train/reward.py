@@ -3,7 +3,7 @@
 The loss is InstructGPT's K-wise one (pairs are K = 2): all responses of a prompt are in the same
 batch, and each prompt weighs the same however many pairs it has. Different from the paper: the
 scores are normalised to mean 0 and variance 1 at the end, over the training prompts' responses;
-the gain goes into the head, the bias into config.json as ``fastrl_score_bias``.
+the gain goes into the head, the bias into config.json as `fastrl_score_bias`.
 
     fastrl reward --model runs/sft --data preferences.jsonl --output runs/reward
 """
@@ -129,10 +129,10 @@ def report_held_out(
 
 @torch.no_grad()
 def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
-    """Make the given scores of ``model`` have mean 0 and (population) variance 1.
+    """Make the given scores of `model` have mean 0 and (population) variance 1.
 
     score' = (score - mean) / std: the gain is folded into the head's weight, the bias is kept in
-    the config, where it is subtracted from the head's output by ``models.token_scores``.
+    the config, where it is subtracted from the head's output by `models.token_scores`.
     """
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     if not std > 1e-6:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on instructions: the loss is on responses only.
 
-Only supervised positions reach the output head, through ``linear_cross_entropy``, so that the
+Only supervised positions reach the output head, through `linear_cross_entropy`, so that the
 logits of the whole sequence never exist. The loss of an optimizer step is the mean over the
 supervised tokens of the whole step, however it is cut into micro-batches.
 

@@ -262,6 +262,21 @@ def test_bad_models(tiny_policy, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(ValueError, match="base_model_name_or_path"):
         load_policy(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tiny_policy)})
+    )
+    assert load_tokenizer(tmp_path / "adapter").pad_token_id == 0  # the base's
+    with pytest.raises(FileNotFoundError, match="save the adapter as safetensors"):
+        load_policy(tmp_path / "adapter")
+
+
+def test_a_model_folder_without_its_head_is_refused(tiny_scalar, tiny_policy, tmp_path):
+    with pytest.raises(ValueError, match="missing.*lm_head"):
+        load_policy(tiny_scalar)
+    torch.save(load_policy(tiny_policy).state_dict(), tmp_path / "pytorch_model.bin")
+    load_policy(tiny_policy).config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        load_policy(tmp_path)
 
 
 def test_tokenizer_without_pad_or_eos(tiny_tokenizer, tmp_path):

@@ -157,6 +157,7 @@ def test_same_seed_same_run_bit_for_bit(config, rank):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 8], ids=["full", "lora"])
 def test_overfits_and_saves_an_ordinary_folder(config, rank, capsys):
     """The loss falls to near 0, greedy answers are right, plain transformers or PEFT loads it."""
