@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import peft
@@ -14,7 +15,7 @@ import transformers
 import fastrl.train.sft as sft
 from fastrl.data import load_examples
 from fastrl.losses import sft_batch, sft_logprobs, sft_loss, supervised_tokens
-from fastrl.models import load_policy, load_tokenizer
+from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
 from fastrl.optim import NonFiniteError
 
 WORDS = ["sun", "moon", "a river", "tea", "stone wall", "bee", "north", "x"]
@@ -226,3 +227,34 @@ def test_bad_input(config, tmp_path):
         sft.main(replace(config, data=str(tmp_path / "absent.jsonl")))
     with pytest.raises(ValueError, match="schedule|kind"):
         sft.main(replace(config, schedule="cosin"))
+
+
+def test_evaluation_is_without_dropout(config, tiny_policy, examples):
+    """pitfall 36: a model left in train mode is evaluated in eval mode, so twice the same."""
+    model = add_lora(load_policy(tiny_policy), LoRASettings(4, 8, 0.5, "all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    batch = sft_batch(examples, 0)
+    model.train()
+    noisy = [sft_loss(model, batch, denominator=10).item() for _ in range(2)]
+    evaluations = []
+    for _ in range(2):
+        model.train()
+        evaluations.append(sft.evaluate(model, examples, 0, 3))
+    assert noisy[0] != noisy[1] and evaluations[0] == evaluations[1]
+
+
+def test_no_graph_outlives_its_micro_batch(config, monkeypatch):
+    """pitfall 28: when the next micro-batch starts, at most the previous loss is still alive."""
+    losses = []
+
+    def watched(*arguments, **options):
+        assert sum(reference() is not None for reference in losses) <= 1
+        loss = sft_loss(*arguments, **options)
+        losses.append(weakref.ref(loss))
+        return loss
+
+    monkeypatch.setattr(sft, "sft_loss", watched)
+    sft.main(replace(config, micro_batch_size=1))
+    assert len(losses) == 18
