@@ -1,0 +1,284 @@
+"""One way to measure every op: check the result first, then time all providers in turn.
+
+A `Case` is one op at one shape, dtype and direction with the functions that compete on it. `measure` turns it into rows
+(columns: `results.COLUMNS`); `fastrl.bench` runs many of them, `results` keeps and shows them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastrl.benches.machine import cache_bytes, short, synchronize
+
+Inputs = dict[str, Any]
+Provider = Callable[[Inputs], "torch.Tensor | tuple[torch.Tensor, ...]"]
+
+# Largest error against float64 that passes, relative to the largest value of the result.
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. The first provider is the baseline that `speedup` refers to."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    make: Callable[[int], Inputs]  # number of rows -> fresh inputs
+    rows: int
+    truth: Provider  # gets float64 copies of the inputs
+    providers: dict[str, Provider]
+    wrt: tuple[str, ...] = ()  # inputs that want a gradient; none: forward only
+    bound: str = "gemm"  # the ceiling that counts: read, copy or gemm
+    bytes: int = 0  # read and written at least once, for read and copy
+    flops: int = 0  # for gemm
+    gate_rows: int = 16  # rows of the check against float64
+    floors: dict[str, Provider] = field(default_factory=dict)  # part of the work only: timed, not checked
+
+    @property
+    def direction(self) -> str:
+        return "fwd+bwd" if self.wrt else "fwd"
+
+    @property
+    def ceiling(self) -> str:
+        return f"gemm {short(self.dtype)}" if self.bound == "gemm" else self.bound
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.shape} {short(self.dtype)} {self.direction}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds per case, shared evenly by its providers, and rounds per provider."""
+
+    seconds: float = 4.0
+    warmup: float = 0.3
+    min_rounds: int = 5
+    max_rounds: int = 300
+
+
+QUICK = Budget(seconds=0.25, warmup=0.05, min_rounds=3)
+
+
+def cases(ops: Iterable[str], device: str, quick: bool) -> list[Case]:
+    """The cases of `bench_<op>.py` for each op."""
+    modules = [importlib.import_module(f"fastrl.benches.bench_{op}") for op in ops]
+    return [case for module in modules for case in module.cases(device, quick)]
+
+
+def compiled(function: Provider) -> dict[str, Provider]:
+    """The provider torch.compile, where a C++ compiler is at hand for it."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        return {}
+    return {"torch.compile": torch.compile(function, dynamic=False)}
+
+
+def forget_compiled(case: Case) -> None:
+    """Lets torch.compile start anew for `case`; it gives up after a few shapes of one function."""
+    if "torch.compile" in case.providers:
+        torch.compiler.reset()
+
+
+def optional(module: str, name: str, provider: Callable[[Any, Inputs], Any]) -> dict[str, Provider]:
+    """The provider `provider(module.name, inputs)`, called after the library, where that library is installed."""
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError:
+        return {}
+    return {f"{module.split('.')[0]} {name}": functools.partial(provider, function)}
+
+
+def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) -> list[dict[str, str]]:
+    """One row per provider of `case`: errors, times, rate, share of the ceiling."""
+    forget_compiled(case)
+    errors = {name: check(case, provider, device) for name, provider in case.providers.items()}
+    passed = {name: case.providers[name] for name, (problem, *_) in errors.items() if not problem}
+    inputs = rotation(case, device)
+    runs = {name: Run(provider, case.wrt, inputs) for name, provider in {**passed, **case.floors}.items()}
+    times = time_in_turn(runs, device, budget)
+    baseline = next(iter(case.providers))
+    rows = []
+    for name in [*case.providers, *case.floors]:
+        problem, error, grad_error = errors.get(name, ("", math.nan, math.nan))
+        row = {
+            "op": case.op,
+            "shape": case.shape,
+            "dtype": short(case.dtype),
+            "direction": case.direction,
+            "provider": name,
+            "status": problem or ("floor" if name in case.floors else "ok"),
+            "error": number(error),
+            "grad_error": number(grad_error),
+        }
+        if name in times:
+            p20, p50, p80 = percentiles(times[name])
+            row |= {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))}
+            if baseline in times:
+                row |= {"baseline": baseline, "speedup": number(statistics.median(times[baseline]) / p50)}
+            work, unit = (case.flops, "GFLOP/s") if case.bound == "gemm" else (case.bytes, "GB/s")
+            if name not in case.floors and work:
+                rate = work / p50 / 1e9
+                ceiling = rates[case.ceiling]
+                row |= {"rate": number(rate), "unit": unit, "ceiling": number(ceiling)}
+                row |= {"percent": number(100 * rate / ceiling)}
+        rows.append(row)
+    return rows
+
+
+class Run:
+    """A provider bound to its inputs: calling it does the whole forward (and backward) once."""
+
+    def __init__(self, provider: Provider, wrt: tuple[str, ...], inputs: Iterator[Inputs]) -> None:
+        self.provider, self.wrt, self.inputs = provider, wrt, inputs
+        self.upstream: tuple[torch.Tensor, ...] | None = None
+
+    def __call__(self) -> None:
+        inputs = next(self.inputs)
+        if not self.wrt:
+            with torch.no_grad():
+                self.provider(inputs)
+            return
+        outputs = as_tuple(self.provider(inputs))
+        if self.upstream is None:
+            self.upstream = upstream_of(outputs)
+        torch.autograd.grad(outputs, [inputs[name] for name in self.wrt], self.upstream)
+
+
+def rotation(case: Case, device: str, copies: int | None = None) -> Iterator[Inputs]:
+    """Endless inputs, the same values each time. All providers of a case draw from one rotation.
+
+    Memory-bound cases get so many copies that a set has left the last-level cache when it comes round again.
+    """
+    first = inputs_of(case, case.rows, device)
+    if copies is None and case.bound != "gemm":
+        size = sum(t.numel() * t.element_size() for t in first.values() if isinstance(t, torch.Tensor))
+        copies = min(math.ceil(2 * cache_bytes(device) / max(size, 1)), 64)
+    return itertools.cycle([first] + [copy_of(first) for _ in range((copies or 1) - 1)])
+
+
+def inputs_of(case: Case, rows: int, device: str) -> Inputs:
+    torch.manual_seed(0)
+    return with_leaves({k: to_device(v, device) for k, v in case.make(rows).items()}, case.wrt)
+
+
+def copy_of(inputs: Inputs) -> Inputs:
+    leaves = tuple(k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad)
+    return with_leaves({k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, leaves)
+
+
+def with_leaves(inputs: Inputs, wrt: Iterable[str]) -> Inputs:
+    for name in wrt:
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def to_device(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def upstream_of(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Fixed random gradients of the outputs; 1 for a scalar loss."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(
+        torch.ones_like(o) if o.ndim == 0 else torch.randn(o.shape, generator=generator).to(o.device, o.dtype)
+        for o in outputs
+    )
+
+
+def check(case: Case, provider: Provider, device: str) -> tuple[str, float, float]:
+    """(problem or "", error of the results, error of the gradients) against the truth, on `gate_rows` rows."""
+    try:
+        got, got_grads = results_and_grads(case, provider, device, double=False)
+    except Exception as failure:  # noqa: BLE001  a provider that breaks is a row that says so
+        return f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}", math.nan, math.nan
+    want, want_grads = results_and_grads(case, case.truth, device, double=True)
+    error = max(relative_error(g, w) for g, w in zip(got, want, strict=True))
+    grad_error = max((relative_error(g, w) for g, w in zip(got_grads, want_grads, strict=True)), default=math.nan)
+    worst = error if math.isnan(grad_error) and not got_grads else max(error, grad_error)
+    problem = "" if worst <= TOLERANCE[case.dtype] else f"wrong: error {worst:.1e} > {TOLERANCE[case.dtype]:.0e}"
+    return problem, error, grad_error
+
+
+def results_and_grads(case: Case, provider: Provider, device: str, double: bool):
+    inputs = inputs_of(case, min(case.gate_rows, case.rows), device)
+    if double:
+        floats = {k: v.detach().double() for k, v in inputs.items() if is_float(v)}
+        inputs = with_leaves({**inputs, **floats}, case.wrt)
+    if not case.wrt:
+        with torch.no_grad():
+            return as_tuple(provider(inputs)), ()
+    outputs = as_tuple(provider(inputs))
+    grads = torch.autograd.grad(outputs, [inputs[name] for name in case.wrt], upstream_of(outputs))
+    return tuple(o.detach() for o in outputs), grads
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference over the largest true value; inf where one is NaN and the other is not."""
+    if got.shape != want.shape:
+        return math.inf
+    difference = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)
+    return math.inf if difference.isnan() else float(difference)
+
+
+def time_in_turn(runs: dict[str, Run], device: str, budget: Budget) -> dict[str, list[float]]:
+    """Seconds per call of each run. Providers take turns, so that a slow spell of the machine hits all of them."""
+    repeats = {name: warm_up(run, device, budget.warmup) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    share = budget.seconds / max(len(runs), 1)
+    for done in range(budget.max_rounds):
+        spent = {name: sum(times[name]) * repeats[name] for name in runs}
+        due = [name for name in runs if done < budget.min_rounds or spent[name] < share]
+        if not due:
+            break
+        for name in due:
+            times[name].append(seconds_per_call(runs[name], repeats[name], device))
+    return times
+
+
+def warm_up(run: Run, device: str, seconds: float) -> int:
+    """Calls `run` for a while; returns how many calls make one timing of about half a millisecond."""
+    run()
+    once, end = math.inf, time.perf_counter() + seconds
+    while True:
+        once = min(once, seconds_per_call(run, 1, device))
+        if time.perf_counter() > end:
+            return max(1, min(1000, round(5e-4 / once)))
+
+
+def seconds_per_call(run: Run, repeats: int, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(times)
+    return tuple(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))  # type: ignore[return-value]
+
+
+def number(value: float) -> str:
+    """Four significant digits; empty for no value."""
+    return "" if math.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,114 @@
+"""What the benches say about the machine: its name, its versions, and how fast it can go at best."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fastrl
+from fastrl.ops.backend import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache; what a timing must exceed to be a timing of memory."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
+
+
+def device_name(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def environment(device: str) -> dict[str, str]:
+    """The columns that are the same in every row of a run."""
+    return {
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()) if device == "cpu" else "",
+        "isa": _C.cpu_isa() if device == "cpu" and _C is not None else "",
+        "fastrl": fastrl.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": "yes" if _git("status", "--porcelain", "--untracked-files=no") else "no",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    """Output of git in the source tree; empty for an installed package or where there is no git."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def ceilings(device: str, dtypes: set[torch.dtype], seconds: float) -> dict[str, float]:
+    """Best measured rates: `read` and `copy` in GB/s, `gemm <dtype>` in GFLOP/s.
+
+    read: a sum over an array of twice the last-level cache or more; copy: bytes read plus bytes written by `copy_`;
+    gemm: a square product of 2048.
+    """
+    words = max(2 * cache_bytes(device), 256 << 20) // 8
+    source = torch.ones(words, dtype=torch.int64, device=device)
+    target = torch.empty_like(source)
+    rates = {
+        "read": words * 8 / best_seconds(source.sum, seconds, device) / 1e9,
+        "copy": words * 16 / best_seconds(partial(target.copy_, source), seconds, device) / 1e9,
+    }
+    for dtype in sorted(dtypes, key=str):
+        a = torch.randn(2048, 2048, device=device).to(dtype)
+        b = torch.randn(2048, 2048, device=device).to(dtype)
+        product = partial(torch.mm, a, b, out=torch.empty_like(a))
+        rates[f"gemm {short(dtype)}"] = 2 * 2048**3 / best_seconds(product, seconds, device) / 1e9
+    return rates
+
+
+def best_seconds(call: Callable[[], object], seconds: float, device: str) -> float:
+    """The shortest time of a call within `seconds`, after one to warm up."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]

@@ -1,0 +1,149 @@
+"""The measuring itself: the check before the clock, the memory, the CSV, the tables of the README."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrl import bench
+from fastrl.benches import harness, machine, memory, results, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = {"read": 10.0, "copy": 10.0, "gemm fp32": 100.0}
+FAST = harness.Budget(seconds=0.02, warmup=0.0, min_rounds=3)
+
+
+def square_case(**changes):
+    case = harness.Case(
+        op="square",
+        shape="8x1000",
+        dtype=torch.float32,
+        make=lambda rows: {"x": torch.randn(rows, 1000)},
+        rows=8,
+        wrt=("x",),
+        truth=lambda i: i["x"] ** 2,
+        providers={"torch eager": lambda i: i["x"] ** 2, "fastrl cpu": lambda i: i["x"] * i["x"]},
+        bound="copy",
+        bytes=64000,
+    )
+    return dataclasses.replace(case, **changes)
+
+
+def measure(case):
+    return {row["provider"]: row for row in harness.measure(case, "cpu", RATES, FAST)}
+
+
+def test_a_row_adds_up():
+    rows = measure(square_case())
+    ours, eager = rows["fastrl cpu"], rows["torch eager"]
+    assert ours["status"] == "ok" and ours["direction"] == "fwd+bwd"
+    assert float(ours["ms_p20"]) <= float(ours["ms_p50"]) <= float(ours["ms_p80"])
+    assert float(ours["speedup"]) == pytest.approx(float(eager["ms_p50"]) / float(ours["ms_p50"]), rel=1e-2)
+    assert float(ours["rate"]) == pytest.approx(64000 / float(ours["ms_p50"]) / 1e6, rel=1e-2)
+    assert float(ours["percent"]) == pytest.approx(100 * float(ours["rate"]) / 10, rel=1e-2)
+    assert set(ours) <= set(results.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "provider, status",
+    [
+        (lambda i: i["x"] ** 2 * 1.001, "wrong: error"),
+        (lambda i: i["x"].detach() ** 2 + 0 * i["x"], "wrong: error"),
+        (lambda i: i["x"] * torch.nan, "wrong: error inf"),
+        (lambda i: (i["x"] ** 2)[1:], "wrong: error inf"),
+        (lambda i: i["y"], "failed: KeyError"),
+    ],
+    ids=["result", "gradient", "nan", "shape", "raises"],
+)
+def test_a_wrong_provider_is_reported_and_not_timed(provider, status):
+    case = square_case()
+    row = measure(dataclasses.replace(case, providers={**case.providers, "peer": provider}))["peer"]
+    assert row["status"].startswith(status)
+    assert "ms_p50" not in row
+
+
+def test_a_floor_is_timed_but_not_checked():
+    row = measure(square_case(floors={"bare": lambda i: i["x"] + 0}))["bare"]
+    assert row["status"] == "floor" and float(row["ms_p50"]) > 0 and "percent" not in row
+
+
+def test_memory_bound_inputs_leave_the_cache_before_they_return():
+    case = square_case(rows=64)
+    inputs = harness.rotation(case, "cpu")
+    first = next(inputs)["x"]
+    seen = 1
+    while (x := next(inputs)["x"]) is not first:
+        assert torch.equal(x, first) and x.requires_grad and x.data_ptr() != first.data_ptr()
+        seen += 1
+    assert seen == 64 or seen * first.nbytes >= 2 * machine.cache_bytes("cpu")
+    compute_bound = harness.rotation(square_case(bound="gemm"), "cpu")
+    assert next(compute_bound) is next(compute_bound)
+
+
+PEAKS = """
+import numpy, torch
+from fastrl.benches.memory import peak_extra_mib
+calls = {
+    "nothing": lambda: None,
+    "torch": lambda: torch.ones(16 << 20).sum(),
+    "numpy": lambda: numpy.ones(8 << 20).sum(),
+    "freed": lambda: [torch.ones(4 << 20).sum() for _ in range(3)] and torch.ones(16 << 20).sum(),
+}
+for name, call in calls.items():
+    call()
+    print(name, peak_extra_mib(call))
+"""
+
+
+def test_peak_memory_counts_every_allocator_and_no_freed_block():
+    environment = {**os.environ, **memory.RETURN_FREED_BLOCKS, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAKS], env=environment, capture_output=True, text=True, check=True)
+    peaks = {name: float(peak) for name, peak in map(str.split, done.stdout.splitlines())}
+    assert peaks == pytest.approx({"nothing": 0, "torch": 64, "numpy": 64, "freed": 64}, abs=2)
+
+
+def test_rows_are_replaced_by_key(tmp_path):
+    rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
+    path = tmp_path / "sub" / "bench.csv"
+    results.write(path, rows)
+    assert len(results.read(path)) == 2
+    again = [dict(rows[1], ms_p50="7"), dict(rows[1], threads="1")]
+    merged = results.merge(results.read(path), again)
+    assert len(merged) == 3
+    assert [row["ms_p50"] for row in merged if row["provider"] == "fastrl cpu" and row["threads"] == "2"] == ["7"]
+
+
+def test_readme_tables_come_from_the_csv(tmp_path):
+    rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
+    results.write(tmp_path / "cpu.csv", rows)
+    text = "before\n<!-- bench cpu.csv -->\nold\n<!-- /bench cpu.csv -->\nafter\n"
+    filled = tables.fill(text, tmp_path)
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
+    assert f"| {rows[1]['speedup']}x |" in filled and tables.fill(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="no.csv"):
+        tables.fill(text.replace("cpu.csv", "no.csv"), tmp_path)
+
+
+def test_readme_agrees_with_the_committed_csv():
+    readme = ROOT / "README.md"
+    if not readme.exists() or not tables.MARKERS.search(readme.read_text()):
+        pytest.skip("README.md has no bench tables")
+    text = readme.read_text()
+    assert tables.fill(text) == text, "run python -m fastrl.benches.tables"
+
+
+@pytest.mark.slow
+def test_command_measures_and_writes(tmp_path, capsys):
+    bench.main(["--op", "token_logprobs", "--quick", "--output", str(tmp_path)])
+    rows = results.read(tmp_path / "bench.csv")
+    assert {row["direction"] for row in rows} == {"fwd", "fwd+bwd"}
+    assert all(row["status"] == "ok" for row in rows)
+    assert all(float(row["peak_extra_mib"]) < 64 for row in rows)
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    assert "token_logprobs 64x32000 bf16 fwd+bwd" in capsys.readouterr().out
