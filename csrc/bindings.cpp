@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "memory.h"
 
 #define FASTRL_ISA baseline
 #include "ops.h"
@@ -90,6 +91,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return cpu::isa_name(active_isa()); },
       "Instruction set in use: avx512, avx2 or baseline (FASTRL_CPU_ISA forces one).");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); },
+      py::arg("data"), py::arg("bytes"), "Asks for huge pages under a fresh large buffer.");
 #ifdef FASTRL_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_runtime_version", &cuda::runtime_version,

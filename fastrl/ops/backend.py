@@ -163,3 +163,16 @@ def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
 def address(tensor: torch.Tensor | None) -> int:
     """The address of the first element; 0 stands for an absent tensor."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+HUGE_PAGES_FROM = 8 << 20  # bytes
+
+
+def empty_large(shape: tuple[int, ...] | torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """torch.empty with the dtype and device of `like`; a large CPU buffer asks for huge pages."""
+    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if _C is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if bytes_ >= HUGE_PAGES_FROM:
+            _C.advise_huge_pages(tensor.data_ptr(), bytes_)
+    return tensor

@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_float, check_ids, check_mask, check_positive
-from fastrl.ops.backend import _C, address, choose, native_op, rows, with_simple_rows
+from fastrl.ops.backend import _C, address, choose, empty_large, native_op, rows, with_simple_rows
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -100,7 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
             with_entropy = return_entropy and dentropy is not None
             if dlogprobs is None:
                 dlogprobs = torch.zeros_like(logprobs)
-            dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            dlogits = empty_large(logits.shape, like=logits)
             _backward(
                 backend, logits, token_ids, mask, row_stats, logprobs, entropy,
                 dlogprobs.contiguous(), dentropy.contiguous() if with_entropy else None,
