@@ -15,19 +15,23 @@ from fastrl.ops import lora_linear
 class FusedLinear(Linear):
     """PEFT's lora.Linear with a fused forward; anything but one plain adapter runs PEFT's own."""
 
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = None if args or kwargs else self._fusable_adapter(x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        dropout = self.lora_dropout[name]
+        base, dropout = self.base_layer, self.lora_dropout[name]
         return lora_linear(
             x,
-            self.base_layer.weight,
+            base.weight,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
-            bias=self.base_layer.bias,
-            dropout=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+            bias=base.bias,
+            dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
     def _fusable_adapter(self, x: torch.Tensor) -> str | None:
@@ -40,8 +44,10 @@ class FusedLinear(Linear):
         base, lora_a, lora_b = self.base_layer, self.lora_A[names[0]], self.lora_B[names[0]]
         if lora_b.bias is not None or not (_is_plain(base) and _is_plain(lora_a) and _is_plain(lora_b)):
             return None
+        if type(self.lora_dropout[names[0]]) not in (nn.Dropout, nn.Identity):
+            return None
         if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return None  # PEFT raises the error, or a hook of its own casts
+            return None  # an error from PEFT
         return names[0]
 
 
@@ -82,7 +88,9 @@ def patch(model: nn.Module) -> Patch:
 
     Parameters, state dict, hooks, `disable_adapter()`, merging, saving and loading stay PEFT's own. A layer whose state
     asks for more than one plain adapter on a plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other
-    variants, `lora_bias`) runs PEFT's forward for as long as it does. Layers of other types are left alone.
+    variants, `lora_bias`, hooks on its parts) runs PEFT's forward for as long as it does. Layers of other types are
+    left alone. Two differences from PEFT: float32 adapters on a half-precision base are used in the base's dtype
+    (their gradients are float32), and dropout masks come from another generator.
 
         model = peft.get_peft_model(model, config)
         fastrl.patch(model)

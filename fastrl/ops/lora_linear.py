@@ -176,12 +176,12 @@ class _LoRALinearGroup(torch.autograd.Function):
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         weights, lora_as, lora_bs = (tensors[i::4] for i in range(3))
         rows = x.reshape(-1, x.shape[-1])
-        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dy_rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         ups = [(b * s).t().contiguous() for b, s in zip(lora_bs, scalings, strict=True)]
-        ddown = _stacked([up @ dy.t() for up, dy in zip(ups, dys, strict=True)])  # like down
+        ddown = _stacked([up @ dy.t() for up, dy in zip(ups, dy_rows, strict=True)])  # like down
         gradients: list[torch.Tensor | None] = [None] * len(tensors)
         ranks = [len(a) for a in lora_as]
-        for i, (part, dy) in enumerate(zip(down.split(ranks), dys, strict=True)):
+        for i, (part, dy) in enumerate(zip(down.split(ranks), dy_rows, strict=True)):
             needs_weight, _, needs_b, needs_bias = needs[4 * i : 4 * i + 4]
             if needs_weight:
                 gradients[4 * i] = dy.t() @ rows
@@ -193,7 +193,7 @@ class _LoRALinearGroup(torch.autograd.Function):
             gradients[1::4] = (ddown @ _dropped(backend, rows, seed, dropout)).split(ranks)
         dx = None
         if needs_dx:
-            dx = _input_gradient(backend, dys, weights, ddown, _stacked(lora_as), seed, dropout).view(x.shape)
+            dx = _input_gradient(backend, dy_rows, weights, ddown, _stacked(lora_as), seed, dropout).view(x.shape)
         return dx, None, None, None, None, *gradients
 
 
