@@ -110,11 +110,36 @@ inline vfloat load(const float* p) {
   return v;
 }
 
-inline vfloat load(const bf16* p) {
-  vhalf bits;
-  std::memcpy(&bits, p, sizeof(bits));
-  return bit_cast<vfloat>(__builtin_convertvector(bits, vuint) << 16);
+// GCC splits __builtin_convertvector into halves, so widening and narrowing use the instructions by
+// name.
+inline vuint widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return bit_cast<vuint>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_cast<vuint>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  vhalf half;
+  std::memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, vuint);
+#endif
 }
+
+inline void narrow(uint16_t* p, vuint v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(v), bit_cast<__m256i>(v));
+  __m256i ordered = _mm256_permute4x64_epi64(packed, 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+#else
+  vhalf half = __builtin_convertvector(v, vhalf);
+  std::memcpy(p, &half, sizeof(half));
+#endif
+}
+
+inline vfloat load(const bf16* p) { return bit_cast<vfloat>(widen(&p->bits) << 16); }
 
 inline vfloat load(const fp16* p) {
 #if defined(__AVX512F__)
@@ -135,8 +160,7 @@ inline void store(bf16* p, vfloat v) {
   vuint bits = bit_cast<vuint>(v);
   vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vuint quiet_nan = (bits >> 16) | 0x40;
-  vhalf half = __builtin_convertvector(v == v ? rounded : quiet_nan, vhalf);
-  std::memcpy(p, &half, sizeof(half));
+  narrow(&p->bits, v == v ? rounded : quiet_nan);
 }
 
 inline void store(fp16* p, vfloat v) {
