@@ -1,7 +1,7 @@
 """Sampling of responses: left-padded prompts, key-value cache, stop tokens, early exit.
 
-Every token is drawn from exactly ``softmax(logits / temperature)``, the distribution whose log-probabilities
-``fastrl.models.response_logprobs`` computes. Nothing else (top-k, top-p, a minimum length, a repetition penalty) takes
+Every token is drawn from exactly `softmax(logits / temperature)`, the distribution whose log-probabilities
+`fastrl.models.response_logprobs` computes. Nothing else (top-k, top-p, a minimum length, a repetition penalty) takes
 part, because a policy-gradient step on tokens from any other distribution is biased, and its KL to the reference can
 turn negative.
 """
@@ -35,7 +35,7 @@ RESHAPING = {
 
 
 class Trajectory(NamedTuple):
-    """A batch of prompts and sampled responses; R is the longest response, at most ``max_new_tokens``."""
+    """A batch of prompts and sampled responses; R is the longest response, at most `max_new_tokens`."""
 
     input_ids: Tensor  # (B, P + R) left-padded prompts, then responses, right-padded
     attention_mask: Tensor  # (B, P + R) bool, True = a token of the prompt or of the response
@@ -59,7 +59,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def find_stop_token_ids(tokenizer: Any, model: Any = None, stop_tokens: Sequence[str] = ()) -> list[int]:
     """Ids of the tokens that end a response.
 
-    The given ``stop_tokens`` alone when there are any; else the chat template's end of turn, the tokenizer's eos and
+    The given `stop_tokens` alone when there are any; else the chat template's end of turn, the tokenizer's eos and
     the end-of-sequence ids of the model's generation config.
 
     Raises:
@@ -88,9 +88,9 @@ def sample_tokens(
     greedy: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token per row from ``softmax(logits / temperature)``: (B, V) -> (B, 1) int64.
+    """One token per row from `softmax(logits / temperature)`: (B, V) -> (B, 1) int64.
 
-    Same distribution as ``torch.multinomial(softmax(logits / temperature), 1)``, by inversion of the cumulative sum
+    Same distribution as `torch.multinomial(softmax(logits / temperature), 1)`, by inversion of the cumulative sum
     in fp64: one uniform number a row in place of V exponentials (12% of a rollout of a 3 M parameter model on 2 cores).
     """
     if greedy:
@@ -103,7 +103,7 @@ def sample_tokens(
 
 
 def fit_prompts(prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens: int) -> list[list[int]]:
-    """Prompts cut to their last ``context - max_new_tokens`` tokens, with one warning that counts the cut ones.
+    """Prompts cut to their last `context - max_new_tokens` tokens, with one warning that counts the cut ones.
 
     The end of a prompt holds the question and the marker that the response follows, hence the end is kept.
     """
@@ -131,7 +131,7 @@ def fit_prompts(prompts: Sequence[Sequence[int]], context: int | None, max_new_t
 
 
 def warn_of_reshaping(model: Any) -> None:
-    """Warn when the model's generation config asks for another distribution than ``softmax(logits / temperature)``."""
+    """Warn when the model's generation config asks for another distribution than `softmax(logits / temperature)`."""
     generation_config = getattr(model, "generation_config", None)
     ignored = [
         f"{name}={getattr(generation_config, name)}"
@@ -160,16 +160,16 @@ def rollout(
 ) -> Trajectory:
     """One sampled response to each prompt.
 
-    ``responses[b, t] ~ softmax(logits[b] / temperature)`` given the prompt and ``responses[b, :t]``, until a stop token
-    or ``max_new_tokens``. A row that ended leaves the batch, and sampling ends with the last row. The model runs in
+    `responses[b, t] ~ softmax(logits[b] / temperature)` given the prompt and `responses[b, :t]`, until a stop token
+    or `max_new_tokens`. A row that ended leaves the batch, and sampling ends with the last row. The model runs in
     eval mode (no dropout, cache kept under gradient checkpointing) and gets its training flags back.
 
     Args:
         model: causal language model of transformers, plain or wrapped by PEFT.
         tokenizer: its tokenizer, with a pad token.
-        prompts: B token lists; one longer than the context less ``max_new_tokens`` keeps its end, with a warning.
+        prompts: B token lists; one longer than the context less `max_new_tokens` keeps its end, with a warning.
         temperature: > 0, divides the logits.
-        stop_token_ids: ids that end a response; None takes ``find_stop_token_ids(tokenizer, model)``.
+        stop_token_ids: ids that end a response; None takes `find_stop_token_ids(tokenizer, model)`.
         greedy: take the most probable token in place of a sample (for evaluation and chat).
         generator: source of randomness on the model's device; None is torch's own. Same seed, same tokens.
     Raises:

@@ -64,10 +64,10 @@ class PPOConfig:
     max_prompt_length: int = _field(256, "longest prompt in tokens")
     max_new_tokens: int = _field(64, "longest response in tokens")
     temperature: float = _field(1.0, "of sampling and of all log-probabilities")
-    stop_tokens: str = _field("", "tokens that end a response, separated by commas; empty: eos")
+    stop_tokens: str = _field("", "tokens that end a response, separated by commas; empty: eos, end of turn")
     no_stop_score: float | None = _field(None, "score of a response that no stop token ended")
-    learning_rate: float = _field(1e-5, "of the policy, decays linearly to 0")
-    critic_learning_rate: float = _field(1e-5, "of the critic, decays linearly to 0")
+    learning_rate: float = _field(5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)")
+    critic_learning_rate: float = _field(5e-5, "of the critic, decays linearly to 0 (about 3e-6 for full fine-tuning)")
     adam_eps: float = _field(1e-5, "Adam's epsilon; a larger one tames the first updates")
     max_grad_norm: float = _field(1.0, "policy and critic are clipped apart; 0: not clipped")
     kl_coef: float = _field(0.05, "weight of the KL penalty in the reward")
@@ -76,12 +76,12 @@ class PPOConfig:
     gae_lambda: float = _field(0.95, "of generalized advantage estimation")
     clip_coef: float = _field(0.2, "the probability ratio is clipped to 1 +- this")
     target_kl: float | None = _field(None, "approx_kl that ends the updates of an iteration")
-    lora_rank: int = _field(16, "LoRA rank of policy and critic; 0: full fine-tuning")
+    lora_rank: int = _field(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning")
     lora_targets: str = _field("all-linear", "all-linear, or layer names separated by commas")
     dtype: str = _field("float32", "weights: float32 or bfloat16")
     device: str = _field("cpu", "cpu or cuda")
     seed: int = _field(0, "same seed, same run; on CPU bit for bit")
-    eval_every: int = _field(20, "iterations between evaluations and checkpoints")
+    eval_every: int = _field(20, "iterations between evaluations and checkpoints; 0: at start and end only")
 
 
 def check_settings(cfg: PPOConfig) -> None:
@@ -92,7 +92,6 @@ def check_settings(cfg: PPOConfig) -> None:
         "minibatch_size",
         "micro_batch_size",
         "epochs",
-        "eval_every",
     ):
         if getattr(cfg, name) < 1:
             raise ValueError(f"ppo: {name}: expected >= 1, got {getattr(cfg, name)}")
@@ -101,7 +100,7 @@ def check_settings(cfg: PPOConfig) -> None:
 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones: a tenth, at most ``batch_size``. Too long ones are dropped and counted."""
+    """Prompts to train on and held-out ones: a tenth, at most `batch_size`. Too long ones are dropped and counted."""
     for model in (roles.policy, roles.critic):
         check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
     contexts = [context_length(model) or math.inf for model in (roles.policy, roles.critic)]
@@ -284,7 +283,7 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
             log.write(iteration, **report)
 
             # 7 evaluate, show samples, keep the weights
-            if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
+            if iteration == cfg.iterations or (cfg.eval_every and iteration % cfg.eval_every == 0):
                 metrics, texts = evaluate(roles, tokenizer, held_out, cfg, log, iteration)
                 for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
                     log.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))

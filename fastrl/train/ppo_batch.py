@@ -16,7 +16,7 @@ from fastrl.rollout import Trajectory
 
 
 class Experience(NamedTuple):
-    """What an update learns from; one row per sequence, responses in the last R columns of ``input_ids``."""
+    """What an update learns from; one row per sequence, responses in the last R columns of `input_ids`."""
 
     input_ids: Tensor  # (B, P + R)
     attention_mask: Tensor  # (B, P + R) bool
@@ -33,7 +33,7 @@ Rows = TypeVar("Rows", Trajectory, Experience)
 def take_rows(batch: Rows, rows: Tensor) -> Rows:
     """The given rows, without the columns that are padding in all of them.
 
-    Fields as wide as ``input_ids`` lose columns on both sides, fields as wide as ``response_mask`` on the right.
+    Fields as wide as `input_ids` lose columns on both sides, fields as wide as `response_mask` on the right.
     """
     width, length = batch.input_ids.shape[1], batch.response_mask.shape[1]
     start = int(batch.attention_mask[rows].any(0).nonzero()[0])  # first column with a prompt token
@@ -43,14 +43,14 @@ def take_rows(batch: Rows, rows: Tensor) -> Rows:
 
 
 def by_length(batch: Trajectory | Experience, rows: Tensor, size: int) -> Iterator[Tensor]:
-    """``rows`` in chunks of ``size``, longest sequences together, so that ``take_rows`` drops most of the padding."""
+    """`rows` in chunks of `size`, longest sequences together, so that `take_rows` drops most of the padding."""
     rows = rows.to(batch.attention_mask.device)
     lengths = batch.attention_mask[rows].sum(1)
     yield from rows[lengths.argsort(descending=True, stable=True)].split(size)
 
 
 def map_rows(function: Callable[[Trajectory], Sequence[Tensor]], trajectory: Trajectory, size: int) -> list[Tensor]:
-    """``function`` on chunks of ``size`` rows; its outputs (b,) or (b, R') joined in order to (B,) or (B, R)."""
+    """`function` on chunks of `size` rows; its outputs (b,) or (b, R') joined in order to (B,) or (B, R)."""
     batch, length = trajectory.response_mask.shape
     every_row = torch.arange(batch, device=trajectory.input_ids.device)
     outputs: list[Tensor] = []
@@ -89,18 +89,18 @@ def sampled_logprobs(model: nn.Module, trajectory: Trajectory, size: int, temper
 
 
 def batch_values(critic: nn.Module, batch: Trajectory | Experience) -> Tensor:
-    """(B, R) ``values[b, t]`` of the state before response token t: the critic on the token before it."""
+    """(B, R) `values[b, t]` of the state before response token t: the critic on the token before it."""
     values = token_scores(critic, batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
     return values[:, -batch.response_mask.shape[1] :]  # columns P - 1 ... P + R - 2
 
 
 def response_values(critic: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
-    """``batch_values`` of a whole trajectory, chunk by chunk."""
+    """`batch_values` of a whole trajectory, chunk by chunk."""
     return map_rows(lambda part: [batch_values(critic, part)], trajectory, size)[0]
 
 
 def minibatches(rows: int, size: int, *, epochs: int, seed: int, iteration: int) -> Iterator[Tensor]:
-    """Row indices of every minibatch of ``epochs`` passes, in an order given by ``seed`` and ``iteration``."""
+    """Row indices of every minibatch of `epochs` passes, in an order given by `seed` and `iteration`."""
     for epoch in range(epochs):
         for indices in shuffled_batches(rows, size, seed=seed, epoch=iteration * epochs + epoch):
             yield torch.tensor(indices)

@@ -82,7 +82,7 @@ def before_training(trained: Any, frozen: Any | None) -> Iterator[Any]:
 
 @torch.no_grad()
 def assess(roles: Roles, trajectory: Trajectory, cfg: PPOConfig, timer: PhaseTimer) -> Assessment:
-    """Scores, log-probs of policy and reference, values: forward passes over ``micro_batch_size`` rows."""
+    """Scores, log-probs of policy and reference, values: forward passes over `micro_batch_size` rows."""
     size = cfg.micro_batch_size
     with timer.phase("score"), before_training(roles.critic, roles.reward_model) as reward_model:
         scores = response_scores(reward_model, trajectory, size)

@@ -95,7 +95,7 @@ SEQUENCES = [([70, 71, 72], [80, 81, 1]), ([73], [82, 83, 84, 85]), ([74, 75], [
 
 
 def ready(cfg: PPOConfig, *, jitter: float = 0.0):
-    """Roles and tokenizer; ``jitter`` moves the trained models away from the frozen ones."""
+    """Roles and tokenizer; `jitter` moves the trained models away from the frozen ones."""
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.model)
     roles = load_roles(cfg, tokenizer)
@@ -294,6 +294,7 @@ def test_gradients_are_clipped_policy_and_critic_apart(config):
         assert torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_target_kl_ends_the_updates_of_an_iteration(config):
     """pitfall 47: the first minibatch whose approx_kl is above the target is the last one."""
     counts = {}
@@ -325,7 +326,7 @@ def test_a_learnable_reward_is_learned(config, rank, length):
         critic_learning_rate=1e-2,
         kl_coef=0.01,
         lora_rank=rank,
-        eval_every=100,
+        eval_every=0,
     )
     main(cfg)
     first, last = records(cfg)[0], records(cfg)[-1]
@@ -334,6 +335,7 @@ def test_a_learnable_reward_is_learned(config, rank, length):
     assert first["kl_k1"] == 0 and last["kl_k1"] > 0
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_bit_for_bit(config, tmp_path):
     """pitfall 46: seeded before the adapters; sampling, order of minibatches and weights repeat."""
     runs = []
