@@ -113,6 +113,8 @@ def _run(op, x, layers, dropout, backend):
     for weight, lora_a, lora_b, _, bias in layers:
         tensors += (weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias)
     scalings = [layer.scaling / (1.0 - dropout) for layer in layers]  # the mask then only selects
+    if not torch.is_grad_enabled():
+        return _forward(x, seed, dropout, scalings, backend, tensors)[0]
     return _LoRALinearGroup.apply(x, seed, dropout, scalings, backend, *tensors)
 
 
@@ -154,19 +156,10 @@ class _LoRALinearGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, seed, dropout, scalings, backend, *tensors):
-        rows = x.reshape(-1, x.shape[-1])
-        weights, lora_as, lora_bs, biases = (tensors[i::4] for i in range(4))
-        down = _stacked(lora_as) @ _dropped(backend, rows, seed, dropout).t()  # (r_1 + r_2 + ..., M)
-        outputs = []
-        for part, weight, lora_b, bias, scaling in zip(
-            down.split([len(a) for a in lora_as]), weights, lora_bs, biases, scalings, strict=True
-        ):
-            y = F.linear(rows, weight, bias)
-            y.addmm_(part.t(), (lora_b * scaling).t())
-            outputs.append(y.view(*x.shape[:-1], len(weight)))
+        outputs, down = _forward(x, seed, dropout, scalings, backend, tensors)
         ctx.save_for_backward(x, seed, down, *tensors)
         ctx.options = (dropout, scalings, backend)
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -177,8 +170,9 @@ class _LoRALinearGroup(torch.autograd.Function):
         weights, lora_as, lora_bs = (tensors[i::4] for i in range(3))
         rows = x.reshape(-1, x.shape[-1])
         dy_rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        ups = [(b * s).t().contiguous() for b, s in zip(lora_bs, scalings, strict=True)]
-        ddown = _stacked([up @ dy.t() for up, dy in zip(ups, dy_rows, strict=True)])  # like down
+        ddown = _stacked(
+            [(b.t().contiguous() @ dy.t()).mul_(s) for b, dy, s in zip(lora_bs, dy_rows, scalings, strict=True)]
+        )  # like down
         gradients: list[torch.Tensor | None] = [None] * len(tensors)
         ranks = [len(a) for a in lora_as]
         for i, (part, dy) in enumerate(zip(down.split(ranks), dy_rows, strict=True)):
@@ -195,6 +189,21 @@ class _LoRALinearGroup(torch.autograd.Function):
         if needs_dx:
             dx = _input_gradient(backend, dy_rows, weights, ddown, _stacked(lora_as), seed, dropout).view(x.shape)
         return dx, None, None, None, None, *gradients
+
+
+def _forward(x, seed, dropout, scalings, backend, tensors):
+    """The outputs, and the down-projections of all siblings as one (r_1 + r_2 + ..., M)."""
+    rows = x.reshape(-1, x.shape[-1])
+    weights, lora_as, lora_bs, biases = (tensors[i::4] for i in range(4))
+    down = _stacked(lora_as) @ _dropped(backend, rows, seed, dropout).t()
+    outputs = []
+    for part, weight, lora_b, bias, scaling in zip(
+        down.split([len(a) for a in lora_as]), weights, lora_bs, biases, scalings, strict=True
+    ):
+        y = F.linear(rows, weight, bias)
+        y.addmm_(part.t(), lora_b.t(), alpha=scaling)
+        outputs.append(y.view(*x.shape[:-1], len(weight)))
+    return tuple(outputs), down
 
 
 def _input_gradient(backend, dys, weights, ddown, lora_a, seed, dropout):
