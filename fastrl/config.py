@@ -13,13 +13,18 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
 import yaml
 
 Config = TypeVar("Config")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the text that `--help` prints; `MISSING` as default makes it required."""
+    return field(default=default, metadata={"help": help})
 
 
 def parse(

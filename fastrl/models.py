@@ -53,6 +53,11 @@ class Head(NamedTuple):
     softcap: float | None
 
 
+def default_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
     """Tokenizer of a folder or hub id; where it has no pad token of its own, eos stands in for it.
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import transformers
 from torch import Tensor
 
 from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
+from fastrl.config import option
 from fastrl.data import Prompt, load_prompts, split_holdout
 from fastrl.metrics import MetricsLog, PhaseTimer, peak_memory_gib
-from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs
+from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
 from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
 from fastrl.reference.masked import masked_mean
@@ -44,44 +45,40 @@ from fastrl.train.ppo_roles import Assessment, Roles, assess, load_roles
 PRINTED_SAMPLES = 3
 
 
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class PPOConfig:
     """Settings of PPO."""
 
-    model: str = _field(MISSING, "SFT policy: folder or hub id; an adapter folder is merged")
-    reward_model: str = _field(MISSING, "reward model: folder or hub id; the critic starts from it")
-    data: str = _field(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
-    output: str = _field("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs")
-    iterations: int = _field(200, "rounds of sampling and updating")
-    batch_size: int = _field(64, "responses sampled per iteration; also the held-out prompts")
-    minibatch_size: int = _field(32, "responses per optimizer step")
-    micro_batch_size: int = _field(8, "responses per forward pass; does not change the result")
-    epochs: int = _field(4, "passes over the responses of an iteration")
-    max_prompt_length: int = _field(256, "longest prompt in tokens")
-    max_new_tokens: int = _field(64, "longest response in tokens")
-    temperature: float = _field(1.0, "of sampling and of all log-probabilities")
-    stop_tokens: str = _field("", "tokens that end a response, separated by commas; empty: eos, end of turn")
-    no_stop_score: float | None = _field(None, "score of a response that no stop token ended")
-    learning_rate: float = _field(5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)")
-    critic_learning_rate: float = _field(5e-5, "of the critic, decays linearly to 0 (about 3e-6 for full fine-tuning)")
-    adam_eps: float = _field(1e-5, "Adam's epsilon; a larger one tames the first updates")
-    max_grad_norm: float = _field(1.0, "policy and critic are clipped apart; 0: not clipped")
-    kl_coef: float = _field(0.05, "weight of the KL penalty in the reward")
-    kl_estimator: str = _field("k1", "of the KL penalty and of the reported KL: k1, k2 or k3")
-    score_clip: float | None = _field(None, "scores are clipped to +- this")
-    gae_lambda: float = _field(0.95, "of generalized advantage estimation")
-    clip_coef: float = _field(0.2, "the probability ratio is clipped to 1 +- this")
-    target_kl: float | None = _field(None, "approx_kl that ends the updates of an iteration")
-    lora_rank: int = _field(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning")
-    lora_targets: str = _field("all-linear", "all-linear, or layer names separated by commas")
-    dtype: str = _field("float32", "weights: float32 or bfloat16")
-    device: str = _field("cpu", "cpu or cuda")
-    seed: int = _field(0, "same seed, same run; on CPU bit for bit")
-    eval_every: int = _field(20, "iterations between evaluations and checkpoints; 0: at start and end only")
+    model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged")
+    reward_model: str = option(MISSING, "reward model: folder or hub id; the critic starts from it")
+    data: str = option(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    output: str = option("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs")
+    iterations: int = option(200, "rounds of sampling and updating")
+    batch_size: int = option(64, "responses sampled per iteration; also the held-out prompts")
+    minibatch_size: int = option(32, "responses per optimizer step")
+    micro_batch_size: int = option(8, "responses per forward pass; does not change the result")
+    epochs: int = option(4, "passes over the responses of an iteration")
+    max_prompt_length: int = option(256, "longest prompt in tokens")
+    max_new_tokens: int = option(64, "longest response in tokens")
+    temperature: float = option(1.0, "of sampling and of all log-probabilities")
+    stop_tokens: str = option("", "tokens that end a response, separated by commas; empty: eos, end of turn")
+    no_stop_score: float | None = option(None, "score of a response that no stop token ended")
+    learning_rate: float = option(5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)")
+    critic_learning_rate: float = option(5e-5, "of the critic, decays linearly to 0 (about 3e-6 for full fine-tuning)")
+    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one tames the first updates")
+    max_grad_norm: float = option(1.0, "policy and critic are clipped apart; 0: not clipped")
+    kl_coef: float = option(0.05, "weight of the KL penalty in the reward")
+    kl_estimator: str = option("k1", "of the KL penalty and of the reported KL: k1, k2 or k3")
+    score_clip: float | None = option(None, "scores are clipped to +- this")
+    gae_lambda: float = option(0.95, "of generalized advantage estimation")
+    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this")
+    target_kl: float | None = option(None, "approx_kl that ends the updates of an iteration")
+    lora_rank: int = option(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning")
+    lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
+    dtype: str = option("float32", "weights: float32 or bfloat16")
+    device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
+    seed: int = option(0, "same seed, same run; on CPU bit for bit")
+    eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only")
 
 
 def check_settings(cfg: PPOConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor
 
 from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
+from fastrl.config import option
 from fastrl.data import Preference, load_preferences, shuffled_batches, split_holdout
 from fastrl.losses import chunks, ranking_batch, reward_loss
 from fastrl.metrics import MetricsLog, peak_memory_gib
@@ -30,6 +31,7 @@ from fastrl.models import (
     add_lora,
     base_model,
     check_context,
+    default_device,
     last_token_scores,
     load_scalar_model,
     load_tokenizer,
@@ -38,44 +40,40 @@ from fastrl.ops import ranking_loss
 from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
 
 
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class RewardConfig:
     """Settings of reward-model training."""
 
-    model: str = _field(MISSING, "causal LM or reward model to start from: folder or hub id")
-    data: str = _field(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
-    output: str = _field("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl")
-    eval_data: str = _field("", "held-out preferences; empty: split off `holdout` of data")
-    holdout: float = _field(0.05, "share of data held out for evaluation")
-    eval_limit: int = _field(500, "held-out items evaluated at most; 0: all")
-    template: str = _field("auto", "prompt template: auto (chat template if any), chat or alpaca")
-    max_length: int = _field(1024, "longest prompt + response in tokens")
-    epochs: int = _field(1, "passes over the data; more than one overfits quickly")
-    max_steps: int = _field(0, "optimizer steps; 0: as many as the epochs need")
-    batch_size: int = _field(16, "prompts per optimizer step, each with all its responses")
-    micro_batch_size: int = _field(4, "prompts per forward pass; does not change the result")
-    learning_rate: float = _field(1e-4, "peak learning rate (about 1e-5 for full fine-tuning)")
-    schedule: str = _field("cosine", "constant, linear or cosine decay to 0")
-    warmup_steps: int = _field(10, "optimizer steps of linear warm-up")
-    weight_decay: float = _field(0.0, "AdamW weight decay on matrices")
-    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm; 0: not clipped")
-    center_coef: float = _field(0.0, "weight of the penalty that keeps scores near 0")
-    lora_rank: int = _field(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)")
-    lora_alpha: int = _field(32, "LoRA scaling is lora_alpha / lora_rank")
-    lora_dropout: float = _field(0.0, "dropout on the input of the adapters")
-    lora_targets: str = _field("all-linear", "all-linear, or layer names separated by commas")
-    dtype: str = _field("float32", "weights: float32 or bfloat16 (the score head is float32)")
-    device: str = _field("cpu", "cpu or cuda")
-    gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
-    seed: int = _field(0, "same seed, same run; on CPU bit for bit")
-    eval_every: int = _field(50, "optimizer steps between evaluations; 0: at start and end only")
-    save_every: int = _field(100, "optimizer steps between checkpoints; 0: none")
-    normalize_prompts: int = _field(2000, "training prompts that set mean and variance; 0: all")
-    samples: int = _field(2, "held-out prompts whose scored answers are printed at evaluations")
+    model: str = option(MISSING, "causal LM or reward model to start from: folder or hub id")
+    data: str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    output: str = option("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl")
+    eval_data: str = option("", "held-out preferences; empty: split off `holdout` of data")
+    holdout: float = option(0.05, "share of data held out for evaluation")
+    eval_limit: int = option(500, "held-out items evaluated at most; 0: all")
+    template: str = option("auto", "prompt template: auto (chat template if any), chat or alpaca")
+    max_length: int = option(1024, "longest prompt + response in tokens")
+    epochs: int = option(1, "passes over the data; more than one overfits quickly")
+    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need")
+    batch_size: int = option(16, "prompts per optimizer step, each with all its responses")
+    micro_batch_size: int = option(4, "prompts per forward pass; does not change the result")
+    learning_rate: float = option(1e-4, "peak learning rate (about 1e-5 for full fine-tuning)")
+    schedule: str = option("cosine", "constant, linear or cosine decay to 0")
+    warmup_steps: int = option(10, "optimizer steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW weight decay on matrices")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
+    center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0")
+    lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)")
+    lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank")
+    lora_dropout: float = option(0.0, "dropout on the input of the adapters")
+    lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
+    dtype: str = option("float32", "weights: float32 or bfloat16 (the score head is float32)")
+    device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    seed: int = option(0, "same seed, same run; on CPU bit for bit")
+    eval_every: int = option(50, "optimizer steps between evaluations; 0: at start and end only")
+    save_every: int = option(100, "optimizer steps between checkpoints; 0: none")
+    normalize_prompts: int = option(2000, "training prompts that set mean and variance; 0: all")
+    samples: int = option(2, "held-out prompts whose scored answers are printed at evaluations")
 
 
 @torch.no_grad()
