@@ -15,6 +15,28 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
+// linear_head_*: what linear_logprobs and linear_cross_entropy run between the library's
+// multiplications, in this order. `sweeps` and the coefficients are the structs of linear_head.cpp.
+void linear_head_begin(Rows x, Rows targets, int64_t rows, int64_t width, float softcap,
+                       float* sweeps, int threads);
+void linear_head_sweep(Rows logits, const int64_t* token_ids, int64_t begin, int64_t rows,
+                       int64_t columns, float inv_temperature, float softcap, bool with_entropy,
+                       bool write, Rows products, float* sweeps, int threads);
+void linear_head_fold(Rows block, Rows product_block, const float* sweeps, int64_t rows,
+                      int64_t width, float* sums, float* weighted, int threads);
+void linear_head_finish(const float* sweeps, int64_t rows, float inv_temperature, float softcap,
+                        float* logprobs, float* row_stats, float* entropy, float* coefficients,
+                        float* entropy_coefficients);
+void linear_head_direction(Rows targets, const float* sums, const float* weighted,
+                           const float* coefficients, int64_t rows, int64_t width, float* out,
+                           int threads);
+void linear_head_gradient(Rows logits, const int64_t* token_ids, int64_t begin, int64_t rows,
+                          int64_t columns, const float* row_stats, const float* logprobs,
+                          const float* entropy, const float* dlogprobs, const float* dentropy,
+                          float inv_temperature, float softcap, int threads);
+void linear_head_scale(Rows direction, Rows entropy_direction, const bool* mask,
+                       const float* dlogprobs, const float* dentropy, int64_t rows, int64_t width,
+                       Rows dhidden, int threads);
 void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
                   uint32_t threshold, int threads);
 void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,

@@ -9,6 +9,80 @@ def advise_huge_pages(data: int, bytes: int) -> None: ...
 def cuda_runtime_version() -> int: ...
 def cuda_driver_version() -> int: ...
 def cuda_device_count() -> int: ...
+def linear_head_begin(
+    x: Rows, targets: Rows, rows: int, width: int, softcap: float, sweeps: int, threads: int
+) -> None: ...
+def linear_head_sweep(
+    logits: Rows,
+    token_ids: int,
+    begin: int,
+    rows: int,
+    columns: int,
+    inv_temperature: float,
+    softcap: float,
+    with_entropy: bool,
+    write: bool,
+    products: Rows,
+    sweeps: int,
+    threads: int,
+) -> None: ...
+def linear_head_fold(
+    block: Rows,
+    product_block: Rows,
+    sweeps: int,
+    rows: int,
+    width: int,
+    sums: int,
+    weighted: int,
+    threads: int,
+) -> None: ...
+def linear_head_finish(
+    sweeps: int,
+    rows: int,
+    inv_temperature: float,
+    softcap: float,
+    logprobs: int,
+    row_stats: int,
+    entropy: int,
+    coefficients: int,
+    entropy_coefficients: int,
+) -> None: ...
+def linear_head_direction(
+    targets: Rows,
+    sums: int,
+    weighted: int,
+    coefficients: int,
+    rows: int,
+    width: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def linear_head_gradient(
+    logits: Rows,
+    token_ids: int,
+    begin: int,
+    rows: int,
+    columns: int,
+    row_stats: int,
+    logprobs: int,
+    entropy: int,
+    dlogprobs: int,
+    dentropy: int,
+    inv_temperature: float,
+    softcap: float,
+    threads: int,
+) -> None: ...
+def linear_head_scale(
+    direction: Rows,
+    entropy_direction: Rows,
+    mask: int,
+    dlogprobs: int,
+    dentropy: int,
+    rows: int,
+    width: int,
+    dhidden: Rows,
+    threads: int,
+) -> None: ...
 def lora_dropout(matrix: int, dtype: int, rows: int, cols: int, seed: int, threshold: int, threads: int) -> None: ...
 def token_logprobs_fwd(
     logits: Rows,

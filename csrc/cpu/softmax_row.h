@@ -136,7 +136,7 @@ struct RowUpstream {
 // d(dlogprob * log p_t + dentropy * H) / d logit_v
 //   = (dlogprob * ([v = t] - p_v) - dentropy * p_v * (log p_v + H)) / temperature * (1 - (x_v /
 //   softcap)^2)
-// `out` may be `logits` itself.
+// `out` may be `logits` itself; token_id -1: the target is not among these columns.
 template <bool kSoftcap, bool kEntropy, typename T, typename Out>
 void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, const RowStats& stats,
                           float logprob, RowUpstream up, LogitMap map, Out* out) {
@@ -165,7 +165,7 @@ void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, cons
   };
   // The target's entry uses 1 - p = -expm1(log p), exact where p rounds to 1; read before `out`
   // overwrites it.
-  const float target = to_float(logits[token_id]);
+  const float target = token_id < 0 ? 0.0f : to_float(logits[token_id]);
   float d = -dlogprob * std::expm1(logprob);
   if constexpr (kEntropy) {
     float p = std::exp(logprob);
@@ -180,7 +180,7 @@ void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, cons
   if (i < vocab) {
     store_partial(out + i, vocab - i, gradient(load_partial(logits + i, vocab - i, -kInf)));
   }
-  store_scalar(out + token_id, d);
+  if (token_id >= 0) store_scalar(out + token_id, d);
 }
 
 // Turns run-time flags into template arguments: body(std::true_type{}, std::false_type{}).

@@ -26,8 +26,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Native backends of every op, best first; `reference` is always there.
 NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("cpu",),
-    "linear_logprobs": (),
-    "linear_cross_entropy": (),
+    "linear_logprobs": ("cpu",),
+    "linear_cross_entropy": ("cpu",),
     "lora_linear": ("cpu",),
     "lora_linear_group": ("cpu",),
     "gae": (),

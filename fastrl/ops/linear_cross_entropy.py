@@ -10,7 +10,9 @@ import torch
 from fastrl.checks import check
 from fastrl.ops.backend import choose
 from fastrl.ops.linear_head import autocast, check_head
+from fastrl.ops.linear_logprobs import linear_logprobs
 from fastrl.reference import linear_cross_entropy as reference
+from fastrl.reference.token_logprobs import check_range
 
 OP = "linear_cross_entropy"
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -59,7 +61,22 @@ def linear_cross_entropy(
     elif denominator is not None:
         check(denominator > 0, OP, "denominator", "a positive number", denominator)
     keep = labels != IGNORED if mask is None else mask & (labels != IGNORED)
-    choose(OP, hidden, backend)
-    return reference.linear_cross_entropy(
-        hidden, weight, labels, bias, lora, keep, temperature, softcap or 0.0, denominator
+    backend = choose(OP, hidden, backend)
+    if backend == "reference":
+        return reference.linear_cross_entropy(
+            hidden, weight, labels, bias, lora, keep, temperature, softcap or 0.0, denominator
+        )
+    check_range(torch.where(keep, labels, 0), len(weight), OP, "labels")
+    logprobs = linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        lora=lora,
+        mask=keep,
+        temperature=temperature,
+        softcap=softcap,
+        backend=backend,
     )
+    assert isinstance(logprobs, torch.Tensor)
+    return -logprobs.sum() / (keep.sum().clamp(min=1) if denominator is None else denominator)

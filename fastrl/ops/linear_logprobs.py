@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from fastrl.ops.backend import choose
+from fastrl.ops import linear_head_cpu
+from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
 from fastrl.reference import linear_logprobs as reference
 
@@ -49,7 +51,114 @@ def linear_logprobs(
     """
     hidden, weight, bias, lora = autocast(hidden, weight, bias, lora)
     check_head(OP, hidden, weight, token_ids, "token_ids", bias, lora, mask, temperature, softcap)
-    choose(OP, hidden, backend)
-    return reference.linear_logprobs(
-        hidden, weight, token_ids, bias, lora, mask, temperature, softcap or 0.0, return_entropy
+    backend = choose(OP, hidden, backend)
+    if backend == "reference":
+        return reference.linear_logprobs(
+            hidden, weight, token_ids, bias, lora, mask, temperature, softcap or 0.0, return_entropy
+        )
+    lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
+    needs_direction = torch.is_grad_enabled() and (
+        hidden.requires_grad or (lora_a is not None and lora_a.requires_grad)
     )
+    logprobs, entropy = _LinearLogprobs.apply(
+        hidden,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        token_ids,
+        mask,
+        (float(scaling), float(temperature), float(softcap or 0.0)),
+        return_entropy,
+        needs_direction,
+        backend,
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, lora_a, lora_b, token_ids, mask, options, return_entropy, needs_direction, backend
+    ):
+        shape = hidden.shape[:-1]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        token_ids = token_ids.reshape(-1).long()
+        mask = None if mask is None else mask.reshape(-1)
+        count, width = rows.shape[0], rows.shape[1] + (0 if lora_a is None else len(lora_a))
+        logprobs = hidden.new_empty(count, dtype=torch.float32)
+        row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
+        entropy = hidden.new_empty(count if return_entropy else 0, dtype=torch.float32)
+        direction = hidden.new_empty((count, width)) if needs_direction else None
+        entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
+        _forward(
+            backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
+            logprobs, row_stats, entropy if return_entropy else None, direction, entropy_direction,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            hidden, weight, bias, lora_a, lora_b, token_ids, mask,
+            row_stats, logprobs, entropy, direction, entropy_direction,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return logprobs.view(shape), entropy.view(shape if return_entropy else (0,))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs, dentropy):
+        hidden, weight, bias, lora_a, lora_b, token_ids, mask, *results = ctx.saved_tensors
+        row_stats, logprobs, entropy, direction, entropy_direction = results
+        need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
+        if entropy.numel() == 0:
+            dentropy = None
+        if dlogprobs is None and dentropy is None:
+            return (None,) * 11
+        dlogprobs = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
+        dentropy = None if dentropy is None else dentropy.reshape(-1).contiguous()
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        dhidden = dlora_a = None
+        if need_hidden or need_lora_a:
+            dinputs = torch.empty_like(direction)
+            _backward_hidden(ctx.backend, direction, entropy_direction, mask, dlogprobs, dentropy, dinputs)
+            dhidden = dinputs[:, : rows.shape[1]].view(hidden.shape)
+            if need_lora_a:
+                kept = rows if mask is None else torch.where(mask[:, None], rows, 0)
+                inner = dinputs[:, rows.shape[1] :].to(lora_a.dtype)
+                dlora_a = torch.mm(inner.t(), kept.to(lora_a.dtype)) * ctx.options[0]
+        dweight = _empty(weight) if need_weight else None
+        dbias = _empty(bias) if need_bias else None
+        dlora_b = _empty(lora_b) if need_lora_b else None
+        if need_weight or need_bias or need_lora_b:
+            _backward_weights(
+                ctx.backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *ctx.options, row_stats, logprobs,
+                None if dentropy is None else entropy, dlogprobs, dentropy, dweight, dbias, dlora_b,
+            )  # fmt: skip
+        return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None
+
+
+def _empty(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor token_ids, Tensor? mask, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    "float scaling, float temperature, float softcap, "
+)
+_forward = native_op(
+    "linear_logprobs_fwd",
+    _HEAD + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
+    "Tensor(e!)? entropy_direction",
+    {"cpu": linear_head_cpu.forward},
+)
+_backward_hidden = native_op(
+    "linear_logprobs_bwd_hidden",
+    "Tensor direction, Tensor? entropy_direction, Tensor? mask, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dinputs",
+    {"cpu": linear_head_cpu.backward_hidden},
+)
+_backward_weights = native_op(
+    "linear_logprobs_bwd_weights",
+    _HEAD + "Tensor row_stats, Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
+    "Tensor(a!)? dweight, Tensor(b!)? dbias, Tensor(c!)? dlora_b",
+    {"cpu": linear_head_cpu.backward_weights},
+)

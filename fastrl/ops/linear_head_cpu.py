@@ -1,0 +1,230 @@
+"""linear_logprobs on the CPU: the library multiplies blocks of logits, csrc/cpu/linear_head.cpp does what lies between.
+
+Flash attention's scheme, with the head's weight as keys and values. A chunk of rows sweeps the vocabulary in blocks:
+logits = x @ block.T; exponentials relative to a running maximum, in place; sums += exponentials @ block. Only one block
+of logits exists at a time and it stays in the cache, so the multiplications run faster than on whole matrices.
+A bias and a LoRA adapter are further columns: [x, scaling * x @ lora_a.T, 1] @ [weight, lora_b, bias].T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from fastrl.ops.backend import _C, address, rows
+from fastrl.reference.token_logprobs import check_range
+
+# Rows and bytes of a block of logits. Measured at M = 2048, H = 576, V = 49152 in bfloat16 on Zen 5 with 32 MiB of L3:
+# 512 to 2048 rows and 1 to 8 MiB are within 5 % of each other on one thread; larger blocks wait less often for other
+# threads, smaller chunks need less memory for the running sums (rows x H in fp32).
+CHUNK_ROWS = 512
+BLOCK_BYTES = 4 << 20
+
+
+class Head(NamedTuple):
+    """The head's parameters as one matrix (V, K), K = H (+ r) (+ 1), read a block at a time."""
+
+    weight: torch.Tensor
+    lora_b: torch.Tensor | None
+    bias: torch.Tensor | None
+    dtype: torch.dtype  # to multiply in
+
+    def columns(self) -> list[torch.Tensor]:
+        bias = None if self.bias is None else self.bias[:, None]
+        return [part for part in (self.weight, self.lora_b, bias) if part is not None]
+
+    def block(self, begin: int, end: int) -> torch.Tensor:
+        return self._join([part[begin:end] for part in self.columns()])
+
+    def select(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._join([part.index_select(0, token_ids) for part in self.columns()])
+
+    def inputs(self, hidden: torch.Tensor, lora_a: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """What the matrix is multiplied with: (M, K)."""
+        parts = [hidden.to(self.dtype)]
+        if lora_a is not None:
+            parts.append(torch.mm(parts[0], lora_a.to(self.dtype).t()).mul_(scaling))
+        if self.bias is not None:
+            parts.append(hidden.new_ones(len(hidden), 1))
+        return self._join(parts).contiguous()
+
+    def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        parts = [part.to(self.dtype) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def forward(
+    hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
+    logprobs, row_stats, entropy, direction, entropy_direction,
+):  # fmt: skip
+    """Fills the outputs, 0 where masked; those that are None are not needed.
+
+    A direction (M, H + r) is the gradient of log-prob or entropy with respect to hidden, and to the adapter's
+    scaling * hidden @ lora_a.T.
+    """
+    outputs = (logprobs, row_stats, entropy, direction, entropy_direction)
+    kept = _kept(mask)
+    token_ids = _take(token_ids, kept)
+    check_range(token_ids, len(weight), "linear_logprobs")
+    head = Head(weight, lora_b, bias, _multiply_dtype(hidden.dtype))
+    x = head.inputs(_take(hidden, kept), lora_a, scaling)
+    if kept is not None:
+        for output in outputs:
+            if output is not None:
+                output.zero_()
+    for begin, end in _spans(len(x), CHUNK_ROWS):
+        results = _forward_chunk(
+            x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, direction is not None
+        )
+        for output, result in zip(outputs, results, strict=True):
+            if output is None:
+                continue
+            if output is direction or output is entropy_direction:
+                result = _through_adapter(result, hidden.shape[1], lora_a, scaling)[:, : output.shape[1]]
+            if kept is None:
+                output[begin:end] = result
+            else:
+                output[kept[begin:end]] = result.to(output.dtype)
+
+
+def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction):
+    """log-probs, statistics, entropy and fp32 directions (n, K) of a chunk of rows."""
+    n, width = x.shape
+    threads = torch.get_num_threads()
+    targets = head.select(token_ids)
+    sweeps = _floats(n, 5)
+    _C.linear_head_begin(rows(x), rows(targets), n, width, softcap, address(sweeps), threads)
+    sums = torch.zeros(n, width, dtype=torch.float32) if with_direction else None
+    weighted = torch.zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
+    copies = 1 if weighted is None else 2
+    columns = min(_block_columns(x), len(head.weight))
+    blocks = x.new_empty(copies, n * columns)
+    products = x.new_empty(copies, n, width if with_direction else 0)
+    for begin, end in _spans(len(head.weight), columns):
+        block = head.block(begin, end)
+        exponentials = blocks[:, : n * (end - begin)].view(copies, n, end - begin)  # first the logits
+        torch.mm(x, block.t(), out=exponentials[0])
+        _C.linear_head_sweep(
+            rows(exponentials[0]), address(token_ids), begin, n, end - begin, 1.0 / temperature, softcap,
+            with_entropy, with_direction, rows(exponentials[-1]), address(sweeps), threads,
+        )  # fmt: skip
+        if with_direction:
+            for i in range(copies):
+                torch.mm(exponentials[i], block, out=products[i])
+            _C.linear_head_fold(
+                rows(products[0]), rows(products[-1]), address(sweeps), n, width,
+                address(sums), address(weighted), threads,
+            )  # fmt: skip
+    logprobs, entropy, row_stats, factors = (_floats(*shape) for shape in ((n,), (n,), (n, 2), (2, n, 3)))
+    _C.linear_head_finish(
+        address(sweeps), n, 1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
+        address(factors[0]), address(factors[1]),
+    )  # fmt: skip
+    for i, result in ((1, weighted), (0, sums)):  # the entropy's direction reads both sums, so it is made first
+        if result is not None:
+            _C.linear_head_direction(
+                rows(targets), address(sums), address(weighted) if i else 0, address(factors[i]), n, width,
+                address(result), threads,
+            )  # fmt: skip
+    return logprobs, row_stats, entropy, sums, weighted
+
+
+def _through_adapter(direction, width, lora_a, scaling):
+    """Adds to the gradient of hidden, the first `width` columns, what reaches it through the adapter."""
+    if lora_a is not None:
+        inner = direction[:, width : width + len(lora_a)]
+        direction[:, :width].addmm_(inner, lora_a.float(), alpha=scaling)
+    return direction
+
+
+def backward_weights(
+    hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
+    row_stats, logprobs, entropy, dlogprobs, dentropy, dweight, dbias, dlora_b,
+):  # fmt: skip
+    """Fills the gradients of the parameters that multiply a logit each; those that are None are not needed.
+
+    Blocks of the vocabulary outside, chunks of rows inside: a block's gradient is summed over all rows in fp32 before
+    it is rounded once, whatever the number of chunks.
+    """
+    kept = _kept(mask)
+    per_row = [
+        None if t is None else _take(t, kept) for t in (token_ids, row_stats, logprobs, entropy, dlogprobs, dentropy)
+    ]
+    head = Head(weight, lora_b, bias, _multiply_dtype(hidden.dtype))
+    x = head.inputs(_take(hidden, kept), lora_a, scaling)
+    first = 0 if dweight is not None else hidden.shape[1]  # column of x from which gradients are needed
+    spans = list(_spans(len(x), CHUNK_ROWS))
+    if not spans:
+        for output in (dweight, dbias, dlora_b):
+            if output is not None:
+                output.zero_()
+        return
+    block_columns = _block_columns(x[slice(*spans[0])])
+    workspace = x.new_empty((spans[0][1] - spans[0][0]) * block_columns)
+    for begin, end in _spans(len(weight), block_columns):
+        block = head.block(begin, end)
+        total = torch.zeros(end - begin, x.shape[1] - first) if len(spans) > 1 else None
+        for start, stop in spans:
+            logits = workspace[: (stop - start) * (end - begin)].view(stop - start, end - begin)
+            torch.mm(x[start:stop], block.t(), out=logits)
+            ids, *floats = (None if t is None else t[start:stop] for t in per_row)
+            _C.linear_head_gradient(
+                rows(logits), address(ids), begin, stop - start, end - begin, *(address(t) for t in floats),
+                1.0 / temperature, softcap, torch.get_num_threads(),
+            )  # fmt: skip
+            part = torch.mm(logits.t(), x[start:stop, first:])
+            total = part if total is None else total.add_(part)
+        if dweight is not None:
+            dweight[begin:end] = total[:, : hidden.shape[1]]
+        if dlora_b is not None:
+            left = hidden.shape[1] - first
+            dlora_b[begin:end] = total[:, left : left + dlora_b.shape[1]]
+        if dbias is not None:
+            dbias[begin:end] = total[:, -1]
+
+
+def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, dinputs):
+    """dinputs = dlogprobs * direction + dentropy * entropy_direction, row by row; 0 where masked."""
+    _C.linear_head_scale(
+        rows(direction), NO_ROWS if dentropy is None else rows(entropy_direction), address(mask), address(dlogprobs),
+        address(dentropy), *direction.shape, rows(dinputs), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+NO_ROWS = (0, 0, 1, 0, 0)
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float32)
+
+
+def _multiply_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype` where oneDNN multiplies it natively; else float32 (torch's own half-precision loops are 20x slower)."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype in native and native[dtype]() else torch.float32
+
+
+def _kept(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Indices of the kept rows; None if all are."""
+    return None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
+
+
+def _take(tensor: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    return tensor if kept is None else tensor.index_select(0, kept)
+
+
+def _spans(length: int, at_most: int) -> Iterator[tuple[int, int]]:
+    """Spans of (nearly) equal length that cover range(length); none is longer than the first."""
+    if length > 0:
+        step = -(-length // -(-length // at_most))
+        for begin in range(0, length, step):
+            yield begin, min(begin + step, length)
+
+
+def _block_columns(x: torch.Tensor) -> int:
+    return max(64, BLOCK_BYTES // (max(len(x), 1) * x.element_size()) // 64 * 64)

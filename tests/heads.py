@@ -1,0 +1,76 @@
+"""Cases of a language-model head, shared by the tests of linear_logprobs and linear_cross_entropy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastrl.ops import linear_head_cpu, linear_logprobs
+
+
+class HeadCase(NamedTuple):
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+    token_ids: torch.Tensor
+    upstream: torch.Tensor  # (2, rows): of the log-probs and of the entropies
+
+    def to(self, dtype):
+        floats = (None if t is None else t.to(dtype) for t in self[:5])
+        return HeadCase(*floats, *self[5:])
+
+
+PARAMETERS = HeadCase._fields[:5]
+SCALING = 0.5
+
+
+def head_case(rows=23, vocab=129, width=37, dtype=torch.float32, bias=False, lora=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std):
+        return (torch.randn(*shape, generator=g) * std).to(dtype)
+
+    return HeadCase(
+        normal(rows, width, std=1.0),
+        normal(vocab, width, std=3 / width**0.5),
+        normal(vocab, std=1.0) if bias else None,
+        normal(4, width, std=1 / width**0.5) if lora else None,
+        normal(vocab, 4, std=1.0) if lora else None,
+        torch.randint(0, vocab, (rows,), generator=g),
+        torch.randn(2, rows, generator=g),
+    )
+
+
+def lora_of(case):
+    return None if case.lora_a is None else (case.lora_a, case.lora_b, SCALING)
+
+
+def results(case, trained=PARAMETERS, entropy=True, **options):
+    """{"logprobs", "entropy", gradient of each trained parameter} of linear_logprobs under a per-token upstream."""
+    leaves = {
+        name: None if tensor is None else tensor.detach().clone().requires_grad_(name in trained)
+        for name, tensor in zip(PARAMETERS, case, strict=False)
+    }
+    case = case._replace(**leaves)
+    out = linear_logprobs(
+        case.hidden,
+        case.weight,
+        case.token_ids,
+        bias=case.bias,
+        lora=lora_of(case),
+        return_entropy=entropy,
+        **options,
+    )
+    out = torch.stack(out) if entropy else out[None]
+    (out * case.upstream[: len(out)].to(out.dtype)).sum().backward()
+    found = dict(zip(("logprobs", "entropy"), out.detach(), strict=False))
+    return found | {name: leaf.grad for name, leaf in leaves.items() if leaf is not None and name in trained}
+
+
+def small_blocks(monkeypatch, rows=8, columns=64):
+    """Forces many chunks of rows and blocks of the vocabulary, the last of each ragged."""
+    monkeypatch.setattr(linear_head_cpu, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(linear_head_cpu, "BLOCK_BYTES", rows * columns * 2)
