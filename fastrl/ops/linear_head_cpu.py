@@ -96,8 +96,8 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
     targets = head.select(token_ids)
     sweeps = _floats(n, 5)
     _C.linear_head_begin(rows(x), rows(targets), n, width, softcap, address(sweeps), threads)
-    sums = torch.zeros(n, width, dtype=torch.float32) if with_direction else None
-    weighted = torch.zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
+    sums = x.new_zeros(n, width, dtype=torch.float32) if with_direction else None
+    weighted = x.new_zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
     copies = 1 if weighted is None else 2
     columns = min(_block_columns(x), len(head.weight))
     blocks = x.new_empty(copies, n * columns)
@@ -149,38 +149,30 @@ def backward_weights(
     it is rounded once, whatever the number of chunks.
     """
     kept = _kept(mask)
-    per_row = [
-        None if t is None else _take(t, kept) for t in (token_ids, row_stats, logprobs, entropy, dlogprobs, dentropy)
-    ]
+    inputs = (token_ids, row_stats, logprobs, entropy, dlogprobs, dentropy)
+    per_row = [None if tensor is None else _take(tensor, kept) for tensor in inputs]
     head = Head(weight, lora_b, bias, _multiply_dtype(hidden.dtype))
     x = head.inputs(_take(hidden, kept), lora_a, scaling)
-    first = 0 if dweight is not None else hidden.shape[1]  # column of x from which gradients are needed
+    width, rank = hidden.shape[1], 0 if lora_b is None else lora_b.shape[1]
+    first = 0 if dweight is not None else width  # column of x from which gradients are needed
     spans = list(_spans(len(x), CHUNK_ROWS))
-    if not spans:
-        for output in (dweight, dbias, dlora_b):
-            if output is not None:
-                output.zero_()
-        return
-    block_columns = _block_columns(x[slice(*spans[0])])
-    workspace = x.new_empty((spans[0][1] - spans[0][0]) * block_columns)
-    for begin, end in _spans(len(weight), block_columns):
+    columns = _block_columns(x[: spans[0][1]]) if spans else len(weight)
+    for begin, end in _spans(len(weight), columns):
         block = head.block(begin, end)
-        total = torch.zeros(end - begin, x.shape[1] - first) if len(spans) > 1 else None
+        total = x.new_zeros(end - begin, x.shape[1] - first, dtype=torch.float32)
         for start, stop in spans:
-            logits = workspace[: (stop - start) * (end - begin)].view(stop - start, end - begin)
-            torch.mm(x[start:stop], block.t(), out=logits)
-            ids, *floats = (None if t is None else t[start:stop] for t in per_row)
+            logits = torch.mm(x[start:stop], block.t())
+            ids, *floats = (address(None if tensor is None else tensor[start:stop]) for tensor in per_row)
+            stats, logprob, row_entropy, dlogprob, drow_entropy = floats
             _C.linear_head_gradient(
-                rows(logits), address(ids), begin, stop - start, end - begin, *(address(t) for t in floats),
-                1.0 / temperature, softcap, torch.get_num_threads(),
+                rows(logits), ids, begin, stop - start, end - begin, stats, logprob, row_entropy, dlogprob,
+                drow_entropy, 1.0 / temperature, softcap, torch.get_num_threads(),
             )  # fmt: skip
-            part = torch.mm(logits.t(), x[start:stop, first:])
-            total = part if total is None else total.add_(part)
+            total += torch.mm(logits.t(), x[start:stop, first:])
         if dweight is not None:
-            dweight[begin:end] = total[:, : hidden.shape[1]]
+            dweight[begin:end] = total[:, :width]
         if dlora_b is not None:
-            left = hidden.shape[1] - first
-            dlora_b[begin:end] = total[:, left : left + dlora_b.shape[1]]
+            dlora_b[begin:end] = total[:, width - first : width - first + rank]
         if dbias is not None:
             dbias[begin:end] = total[:, -1]
 
@@ -189,7 +181,7 @@ def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, din
     """dinputs = dlogprobs * direction + dentropy * entropy_direction, row by row; 0 where masked."""
     _C.linear_head_scale(
         rows(direction), NO_ROWS if dentropy is None else rows(entropy_direction), address(mask), address(dlogprobs),
-        address(dentropy), *direction.shape, rows(dinputs), torch.get_num_threads(),
+        address(dentropy), direction.shape[0], direction.shape[1], rows(dinputs), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -197,7 +189,7 @@ NO_ROWS = (0, 0, 1, 0, 0)
 
 
 def _floats(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float32)
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def _multiply_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -83,8 +83,8 @@ class _LinearLogprobs(torch.autograd.Function):
     ):
         shape = hidden.shape[:-1]
         rows = hidden.reshape(-1, hidden.shape[-1])
-        token_ids = token_ids.reshape(-1).long()
-        mask = None if mask is None else mask.reshape(-1)
+        token_ids = token_ids.reshape(-1).long().contiguous()
+        mask = None if mask is None else mask.reshape(-1).contiguous()
         count, width = rows.shape[0], rows.shape[1] + (0 if lora_a is None else len(lora_a))
         logprobs = hidden.new_empty(count, dtype=torch.float32)
         row_stats = hidden.new_empty((count, 2), dtype=torch.float32)

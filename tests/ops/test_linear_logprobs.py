@@ -220,6 +220,11 @@ def test_any_strides():
     longer = torch.cat([hidden, hidden[:, :1]], 1)
     shifted = linear_logprobs(longer[:, :-1], case.weight, ids.int(), backend=NATIVE)  # the usual shift by one
     torch.testing.assert_close(shifted, want[0], rtol=1e-5, atol=1e-5)
+    every_other = case.token_ids.repeat_interleave(2)[::2].view(3, 4)
+    mask = (torch.arange(24) % 3 != 1).view(12, 2)[:, 0].view(3, 4)
+    strided = results(case._replace(token_ids=every_other.view(12)), mask=mask.view(12), backend=NATIVE)
+    plain = results(case, mask=mask.reshape(12).clone(), backend=NATIVE)
+    assert all(torch.equal(strided[name], plain[name]) for name in plain)
     one = linear_logprobs(hidden[1, 2], case.weight, ids[1, 2], backend=NATIVE)
     torch.testing.assert_close(one, want[0][1, 2], rtol=1e-5, atol=1e-5)
 
