@@ -127,6 +127,53 @@ void lora_dropout(uintptr_t matrix, int dtype, int64_t rows, int64_t cols, uintp
               threshold, threads);
 }
 
+void gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t dones, uintptr_t lambdas,
+         uintptr_t bootstrap_value, int64_t rows, int64_t steps, float gamma, float gae_lambda,
+         uintptr_t advantages, uintptr_t returns, int threads) {
+  py::gil_scoped_release release;
+  FASTRL_CALL(gae, pointer<const float>(rewards), pointer<const float>(values),
+              pointer<const bool>(mask), pointer<const bool>(dones), pointer<const float>(lambdas),
+              pointer<const float>(bootstrap_value), rows, steps, gamma, gae_lambda,
+              pointer<float>(advantages), pointer<float>(returns), threads);
+}
+
+void ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values, uintptr_t scores,
+                    uintptr_t mask, int64_t rows, int64_t steps, float kl_coef, int kl_estimator,
+                    float kl_clip, float score_clip, float gamma, float gae_lambda, bool center,
+                    bool scale, uintptr_t advantages, uintptr_t returns, uintptr_t rewards,
+                    uintptr_t kl, uintptr_t moments, uintptr_t stats, int threads) {
+  py::gil_scoped_release release;
+  FASTRL_CALL(ppo_advantages, pointer<const float>(logprobs), pointer<const float>(ref_logprobs),
+              pointer<const float>(values), pointer<const float>(scores), pointer<const bool>(mask),
+              rows, steps, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda, center,
+              scale, pointer<float>(advantages), pointer<float>(returns), pointer<float>(rewards),
+              pointer<float>(kl), pointer<double>(moments), pointer<float>(stats), threads);
+}
+
+void ppo_loss(uintptr_t logprobs, uintptr_t values, uintptr_t entropy, uintptr_t old_logprobs,
+              uintptr_t old_values, uintptr_t advantages, uintptr_t returns, uintptr_t mask,
+              uintptr_t denominator, int64_t size, double clip_coef, float vf_clip_coef,
+              float vf_coef, float ent_coef, float dual_clip, uintptr_t loss, uintptr_t stats,
+              uintptr_t dlogprobs, uintptr_t dvalues, uintptr_t dentropy, int threads) {
+  py::gil_scoped_release release;
+  FASTRL_CALL(ppo_loss, pointer<const float>(logprobs), pointer<const float>(values),
+              pointer<const float>(entropy), pointer<const float>(old_logprobs),
+              pointer<const float>(old_values), pointer<const float>(advantages),
+              pointer<const float>(returns), pointer<const bool>(mask),
+              pointer<const float>(denominator), size, clip_coef, vf_clip_coef, vf_coef, ent_coef,
+              dual_clip, pointer<float>(loss), pointer<float>(stats), pointer<float>(dlogprobs),
+              pointer<float>(dvalues), pointer<float>(dentropy), threads);
+}
+
+void ranking_loss(uintptr_t scores, uintptr_t group_ids, uintptr_t ranks, uintptr_t margins,
+                  int64_t size, float center_coef, uintptr_t loss, uintptr_t stats,
+                  uintptr_t dscores, int threads) {
+  py::gil_scoped_release release;
+  FASTRL_CALL(ranking_loss, pointer<const float>(scores), pointer<const int64_t>(group_ids),
+              pointer<const double>(ranks), pointer<const float>(margins), size, center_coef,
+              pointer<float>(loss), pointer<float>(stats), pointer<float>(dscores), threads);
+}
+
 void token_logprobs_fwd(const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t rows,
                         int64_t vocab, float inv_temperature, float softcap, uintptr_t logprobs,
                         uintptr_t row_stats, uintptr_t entropy, int threads) {
@@ -206,6 +253,29 @@ PYBIND11_MODULE(_C, m) {
         py::arg("mask"), py::arg("dlogprobs"), py::arg("dentropy"), py::arg("rows"),
         py::arg("width"), py::arg("dhidden"), py::arg("threads"),
         "dhidden = dlogprobs * direction + dentropy * entropy_direction; 0 where masked.");
+  m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("dones"),
+        py::arg("lambdas"), py::arg("bootstrap_value"), py::arg("rows"), py::arg("steps"),
+        py::arg("gamma"), py::arg("gae_lambda"), py::arg("advantages"), py::arg("returns"),
+        py::arg("threads"),
+        "Advantages and returns of (rows, steps); lambdas, if not 0, holds one lambda per row.");
+  m.def("ppo_advantages", &ppo_advantages, py::arg("logprobs"), py::arg("ref_logprobs"),
+        py::arg("values"), py::arg("scores"), py::arg("mask"), py::arg("rows"), py::arg("steps"),
+        py::arg("kl_coef"), py::arg("kl_estimator"), py::arg("kl_clip"), py::arg("score_clip"),
+        py::arg("gamma"), py::arg("gae_lambda"), py::arg("center"), py::arg("scale"),
+        py::arg("advantages"), py::arg("returns"), py::arg("rewards"), py::arg("kl"),
+        py::arg("moments"), py::arg("stats"), py::arg("threads"),
+        "KL penalty, rewards, GAE, moments (n, mean, M2) and, if center or scale, whitening.");
+  m.def("ppo_loss", &ppo_loss, py::arg("logprobs"), py::arg("values"), py::arg("entropy"),
+        py::arg("old_logprobs"), py::arg("old_values"), py::arg("advantages"), py::arg("returns"),
+        py::arg("mask"), py::arg("denominator"), py::arg("size"), py::arg("clip_coef"),
+        py::arg("vf_clip_coef"), py::arg("vf_coef"), py::arg("ent_coef"), py::arg("dual_clip"),
+        py::arg("loss"), py::arg("stats"), py::arg("dlogprobs"), py::arg("dvalues"),
+        py::arg("dentropy"), py::arg("threads"),
+        "Loss, statistics and the gradients whose address is not 0.");
+  m.def("ranking_loss", &ranking_loss, py::arg("scores"), py::arg("group_ids"), py::arg("ranks"),
+        py::arg("margins"), py::arg("size"), py::arg("center_coef"), py::arg("loss"),
+        py::arg("stats"), py::arg("dscores"), py::arg("threads"),
+        "Loss, statistics and the gradient of the scores.");
   m.def(
       "lora_dropout", &lora_dropout, py::arg("matrix"), py::arg("dtype"), py::arg("rows"),
       py::arg("cols"), py::arg("seed"), py::arg("threshold"), py::arg("threads"),

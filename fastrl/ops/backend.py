@@ -30,10 +30,10 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("cpu",),
     "lora_linear": ("cpu",),
     "lora_linear_group": ("cpu",),
-    "gae": (),
-    "ppo_advantages": (),
-    "ppo_loss": (),
-    "ranking_loss": (),
+    "gae": ("cpu",),
+    "ppo_advantages": ("cpu",),
+    "ppo_loss": ("cpu",),
+    "ranking_loss": ("cpu",),
 }
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/dtypes.h

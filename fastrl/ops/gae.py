@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_unit
-from fastrl.ops.backend import choose_for
+from fastrl.ops.backend import _C, address, choose_for, native_op
 from fastrl.reference import gae as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -53,11 +53,20 @@ def gae(
     _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value)
     dtype = compute_dtype(rewards, values, bootstrap_value)
     backend = choose_for(OP, rewards.device.type, dtype, backend)
-    if mask is None:
-        mask = torch.ones_like(rewards, dtype=torch.bool)
-    lambdas = torch.as_tensor(gae_lambda, dtype=dtype, device=rewards.device)
-    bootstrap = None if bootstrap_value is None else bootstrap_value.to(dtype)
-    return reference.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lambdas, dones, bootstrap)
+    rewards, values = rewards.to(dtype).contiguous(), values.to(dtype).contiguous()
+    bootstrap = None if bootstrap_value is None else bootstrap_value.to(dtype).contiguous()
+    lambdas = gae_lambda.to(dtype).contiguous() if isinstance(gae_lambda, torch.Tensor) else None
+    if backend == "reference":
+        keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+        decay = gae_lambda if lambdas is None else lambdas
+        return reference.gae(rewards, values, keep, gamma, decay, dones, bootstrap)
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    _gae(
+        backend, rewards, values, None if mask is None else mask.contiguous(),
+        None if dones is None else dones.contiguous(), lambdas, bootstrap,
+        float(gamma), 0.0 if lambdas is not None else float(gae_lambda), advantages, returns,
+    )  # fmt: skip
+    return advantages, returns
 
 
 def _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value):
@@ -77,3 +86,18 @@ def _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value):
     check_mask(OP, dones, shape, rewards, name="dones")
     if bootstrap_value is not None:
         check_data(OP, "bootstrap_value", bootstrap_value, shape[:1], rewards)
+
+
+def _gae_cpu(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_lambda, advantages, returns):
+    _C.gae(
+        address(rewards), address(values), address(mask), address(dones), address(lambdas), address(bootstrap_value),
+        rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages), address(returns), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_gae = native_op(
+    "gae",
+    "Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? lambdas, Tensor? bootstrap_value, "
+    "float gamma, float gae_lambda, Tensor(a!) advantages, Tensor(b!) returns",
+    {"cpu": _gae_cpu},
+)

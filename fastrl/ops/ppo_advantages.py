@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_non_negative, check_positive, check_unit
-from fastrl.ops.backend import choose_for
+from fastrl.ops.backend import _C, address, choose_for, native_op
 from fastrl.reference import ppo_advantages as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -102,12 +103,26 @@ def ppo_advantages(
     _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
     backend = choose_for(OP, logprobs.device.type, dtype, backend)
-    inputs = [t.to(dtype) for t in (logprobs, ref_logprobs, values, scores)]
-    options = (float(kl_coef), kl_estimator, kl_clip, score_clip, float(gamma), float(gae_lambda))
-    advantages, returns, rewards, kl, moments, stats = reference.ppo_advantages(*inputs, mask, *options)
-    if process_group is not None:
+    logprobs, ref_logprobs = logprobs.to(dtype).contiguous(), ref_logprobs.to(dtype).contiguous()
+    values, scores = values.to(dtype).contiguous(), scores.to(dtype).contiguous()
+    local = process_group is None
+    if backend == "reference":
+        advantages, returns, rewards, kl, moments, stats = reference.ppo_advantages(
+            logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda
+        )
+    else:
+        advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
+        moments = logprobs.new_empty(3, dtype=torch.float64)
+        stats = logprobs.new_empty(len(AdvantageStats._fields), dtype=torch.float32)
+        _advantages(
+            backend, logprobs, ref_logprobs, values, scores, mask.contiguous(), float(kl_coef),
+            KL_ESTIMATORS.index(kl_estimator) + 1, inf if kl_clip is None else float(kl_clip),
+            inf if score_clip is None else float(score_clip), float(gamma), float(gae_lambda),
+            center and local, scale and local, advantages, returns, rewards, kl, moments, stats,
+        )  # fmt: skip
+    if not local:
         moments = all_ranks(moments, process_group)
-    if center or scale:
+    if (center or scale) and (backend == "reference" or not local):
         advantages = reference.whiten(advantages, mask, moments, center, scale)
     return Advantages(advantages, returns, rewards, kl, AdvantageStats(*stats.unbind()))
 
@@ -144,3 +159,24 @@ def _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda
     check_positive(OP, "score_clip", score_clip)
     check_unit(OP, "gamma", gamma)
     check_unit(OP, "gae_lambda", gae_lambda)
+
+
+def _advantages_cpu(
+    logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
+    center, scale, advantages, returns, rewards, kl, moments, stats,
+):  # fmt: skip
+    _C.ppo_advantages(
+        address(logprobs), address(ref_logprobs), address(values), address(scores), address(mask),
+        logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda, center, scale, address(advantages),
+        address(returns), address(rewards), address(kl), address(moments), address(stats), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_advantages = native_op(
+    "ppo_advantages",
+    "Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor scores, Tensor mask, float kl_coef, "
+    "int kl_estimator, float kl_clip, float score_clip, float gamma, float gae_lambda, bool center, bool scale, "
+    "Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!) rewards, Tensor(d!) kl, Tensor(e!) moments, "
+    "Tensor(f!) stats",
+    {"cpu": _advantages_cpu},
+)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from math import inf
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
-from fastrl.ops.backend import choose_for
+from fastrl.ops.backend import _C, address, choose_for, native_op
 from fastrl.reference import ppo_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -89,9 +92,12 @@ def ppo_loss(
     backend = choose_for(OP, logprobs.device.type, dtype, backend)
     if denominator is not None:
         denominator = torch.as_tensor(denominator, dtype=dtype, device=logprobs.device)
-    loss, stats = reference.ppo_loss(
-        logprobs.to(dtype), values.to(dtype), None if entropy is None else entropy.to(dtype), old_logprobs.to(dtype),
-        old_values.to(dtype), advantages.to(dtype), returns.to(dtype), mask, denominator,
+    entropy = None if entropy is None else entropy.to(dtype).contiguous()
+    old_logprobs, old_values = old_logprobs.to(dtype).contiguous(), old_values.to(dtype).contiguous()
+    run = reference.ppo_loss if backend == "reference" else partial(_native, backend)
+    loss, stats = run(
+        logprobs.to(dtype).contiguous(), values.to(dtype).contiguous(), entropy, old_logprobs, old_values,
+        advantages.to(dtype).contiguous(), returns.to(dtype).contiguous(), mask.contiguous(), denominator,
         clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip,
     )  # fmt: skip
     return loss, PPOStats(*stats.unbind())
@@ -126,3 +132,85 @@ def _check_denominator(denominator, logprobs):
         check_device(OP, "denominator", denominator, logprobs)
     else:
         check_positive(OP, "denominator", denominator)
+
+
+def _native(
+    backend, logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
+    clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip,
+):  # fmt: skip
+    options = (
+        float(clip_coef), inf if vf_clip_coef is None else float(vf_clip_coef), float(vf_coef), float(ent_coef),
+        inf if dual_clip is None else float(dual_clip),
+    )  # fmt: skip
+    graph = torch.is_grad_enabled()
+    wanted = [graph and t is not None and t.requires_grad for t in (logprobs, values, entropy)]
+    return _PPOLoss.apply(
+        logprobs,
+        values,
+        entropy,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        mask,
+        denominator,
+        options,
+        wanted,
+        backend,
+    )
+
+
+class _PPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        logprobs,
+        values,
+        entropy,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        mask,
+        denominator,
+        options,
+        wanted,
+        backend,
+    ):
+        loss, stats = logprobs.new_empty(()), logprobs.new_empty(len(PPOStats._fields))
+        gradients = [torch.empty_like(logprobs) if want else None for want in wanted]
+        _loss(
+            backend, logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
+            *options, loss, stats, *gradients,
+        )  # fmt: skip
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _):
+        gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(g * dloss if g is not None and needed else None for g, needed in gradients), *[None] * 9
+
+
+def _loss_cpu(
+    logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
+    clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, loss, stats, dlogprobs, dvalues, dentropy,
+):  # fmt: skip
+    _C.ppo_loss(
+        address(logprobs), address(values), address(entropy), address(old_logprobs), address(old_values),
+        address(advantages), address(returns), address(mask), address(denominator), logprobs.numel(),
+        clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, address(loss), address(stats), address(dlogprobs),
+        address(dvalues), address(dentropy), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_loss = native_op(
+    "ppo_loss",
+    "Tensor logprobs, Tensor values, Tensor? entropy, Tensor old_logprobs, Tensor old_values, Tensor advantages, "
+    "Tensor returns, Tensor mask, Tensor? denominator, float clip_coef, float vf_clip_coef, float vf_coef, "
+    "float ent_coef, float dual_clip, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? dlogprobs, "
+    "Tensor(d!)? dvalues, Tensor(e!)? dentropy",
+    {"cpu": _loss_cpu},
+)

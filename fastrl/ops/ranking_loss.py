@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
-from fastrl.ops.backend import choose_for
+from fastrl.ops.backend import _C, address, choose_for, native_op
 from fastrl.reference import ranking_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -45,7 +46,7 @@ def ranking_loss(
     Args:
         scores: (N,) float32, bfloat16 or float16 (float64 runs on `reference`); differentiable.
         group_ids: (N,) int64 or int32, any numbers in any order; answers to one prompt share one.
-        ranks: (N,) integer or float, lower is better; equal ranks form no pair.
+        ranks: (N,) integer or float, not NaN; lower is better, equal ranks form no pair.
         margins: (N,) float, what answer i must beat each worse answer of its group by; a pair's margin m goes to the
             chosen answer's slot. None = 0. No gradient flows into it.
         center_coef: >= 0, pulls the scores of each pair towards a sum of 0 (TRL's center_rewards_coefficient).
@@ -61,8 +62,12 @@ def ranking_loss(
     _check(scores, group_ids, ranks, margins, center_coef)
     dtype = compute_dtype(scores, margins)
     backend = choose_for(OP, scores.device.type, dtype, backend)
-    margins = None if margins is None else margins.to(dtype)
-    loss, stats = reference.ranking_loss(scores.to(dtype), group_ids, ranks, margins, center_coef)
+    scores, margins = scores.to(dtype).contiguous(), None if margins is None else margins.to(dtype).contiguous()
+    if backend == "reference":
+        loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
+    else:
+        group_ids, ranks = group_ids.long().contiguous(), ranks.double().contiguous()
+        loss, stats = _RankingLoss.apply(scores, group_ids, ranks, margins, float(center_coef), backend)
     return loss, RankingStats(*stats.unbind())
 
 
@@ -77,3 +82,35 @@ def _check(scores, group_ids, ranks, margins, center_coef):
     if margins is not None:
         check_data(OP, "margins", margins, scores.shape, scores)
     check_non_negative(OP, "center_coef", center_coef)
+
+
+class _RankingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, group_ids, ranks, margins, center_coef, backend):
+        loss, stats = scores.new_empty(()), scores.new_empty(len(RankingStats._fields))
+        dscores = torch.empty_like(scores)
+        _loss(backend, scores, group_ids, ranks, margins, center_coef, loss, stats, dscores)
+        ctx.save_for_backward(dscores)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _):
+        (dscores,) = ctx.saved_tensors
+        return dscores * dloss, None, None, None, None, None
+
+
+def _loss_cpu(scores, group_ids, ranks, margins, center_coef, loss, stats, dscores):
+    _C.ranking_loss(
+        address(scores), address(group_ids), address(ranks), address(margins), scores.numel(), center_coef,
+        address(loss), address(stats), address(dscores), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_loss = native_op(
+    "ranking_loss",
+    "Tensor scores, Tensor group_ids, Tensor ranks, Tensor? margins, float center_coef, Tensor(a!) loss, "
+    "Tensor(b!) stats, Tensor(c!) dscores",
+    {"cpu": _loss_cpu},
+)

@@ -10,11 +10,11 @@ def gae(
     values: torch.Tensor,
     mask: torch.Tensor,
     gamma: float,
-    gae_lambda: torch.Tensor,
+    gae_lambda: float | torch.Tensor,
     dones: torch.Tensor | None,
     bootstrap_value: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `fastrl.ops.gae`; inputs have one dtype, gae_lambda is 0-d or (B,)."""
+    """See `fastrl.ops.gae`; inputs have one dtype, gae_lambda is a number or (B,)."""
     advantages = torch.zeros_like(rewards)
     carry = rewards.new_zeros(rewards.shape[0])
     next_value = carry if bootstrap_value is None else bootstrap_value

@@ -71,7 +71,7 @@ def ppo_advantages(
     unclipped = torch.where(mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0)
     kl = unclipped if kl_clip is None else unclipped.clamp(-kl_clip, kl_clip)
     rewards = shaped_rewards(kl, scores, mask, kl_coef, score_clip)
-    advantages, returns = gae(rewards, values, mask, gamma, torch.as_tensor(gae_lambda), None, None)
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda, None, None)
 
     rows = mask.any(-1)
     return_variance, advantage_variance = masked_variance(returns, mask), masked_variance(advantages, mask)

@@ -32,7 +32,9 @@ def ppo_loss(
     logprobs, values, old_logprobs, old_values, advantages, returns = keep
     entropy = torch.zeros_like(values) if entropy is None else torch.where(mask, entropy, 0)
 
-    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = logprobs - old_logprobs
+    bounded = log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = torch.where(log_ratio.abs() > MAX_LOG_RATIO, bounded, log_ratio)  # NaN keeps its gradient
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastrl.checks import check
+
 
 def ranking_loss(
     scores: torch.Tensor,
@@ -14,6 +16,8 @@ def ranking_loss(
     center_coef: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, float32 vector in the order of RankingStats): see `fastrl.ops.ranking_loss`."""
+    if ranks.is_floating_point() and not torch.compiler.is_compiling():
+        check(not bool(ranks.isnan().any()), "ranking_loss", "ranks", "numbers", "nan")
     same = group_ids[:, None] == group_ids[None, :]
     beats = same & (ranks[:, None] < ranks[None, :])  # beats[i, j]: answer i is better than answer j
     pairs_of_group = same.to(scores.dtype) @ beats.sum(1).to(scores.dtype)  # (N,), of the group that i is in

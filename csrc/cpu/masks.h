@@ -1,0 +1,72 @@
+// Masks as vector conditions, and work split among threads. A dropped element is replaced by
+// selection, never by multiplication: it may hold NaN.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace fastrl::cpu::FASTRL_ISA {
+
+typedef uint8_t vbyte __attribute__((vector_size(kLanes)));
+
+// -1 where the flag is set, 0 elsewhere; usable as `flags ? a : b`.
+inline vint load_flags(const bool* p) {
+  vbyte bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, vint) != 0;
+}
+
+// How many lanes of a vector are in use: Full is known to the compiler, an int64_t is a remainder.
+struct Full {};
+
+// Flags of the lanes in use, 0 in the others. A null `p` stands for flags all set.
+inline vint load_flags(const bool* p, Full) { return p == nullptr ? ~vint{} : load_flags(p); }
+
+inline vint load_flags(const bool* p, int64_t count) {
+  bool flags[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) flags[i] = p == nullptr || p[i];
+  return load_flags(flags);
+}
+
+// Numbers of the lanes in use, 0 in the others.
+inline vfloat load_first(const float* p, Full) { return load(p); }
+inline vfloat load_first(const float* p, int64_t count) { return load_partial(p, count, 0.0f); }
+inline void store_first(float* p, Full, vfloat v) { store(p, v); }
+inline void store_first(float* p, int64_t count, vfloat v) { store_partial(p, count, v); }
+
+// body(i, lanes in use) for every vector of 0 .. size.
+template <typename Body>
+inline void for_each_vector(int64_t size, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, Full{});
+  if (i < size) body(i, size - i);
+}
+
+inline vfloat select(vint keep, vfloat v) { return keep ? v : broadcast(0.0f); }
+
+// NaN stays NaN.
+inline vfloat clamp(vfloat x, vfloat low, vfloat high) { return vmin(high, vmax(low, x)); }
+
+// Sum of the lanes in float64, in a fixed order.
+inline double reduce_add_double(vfloat v) {
+  double sum = 0.0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+inline int64_t count_kept(const bool* mask, int64_t size) {
+  vint negative_counts{};
+  for_each_vector(size,
+                  [&](int64_t i, auto lanes) { negative_counts += load_flags(mask + i, lanes); });
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i) count -= negative_counts[i];
+  return count;
+}
+
+// A team no larger than the work pays for: waking a thread costs about as much as 8192 elements.
+inline int team(int64_t elements, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements / 8192, 1, threads));
+}
+
+}  // namespace fastrl::cpu::FASTRL_ISA
