@@ -55,13 +55,17 @@ inline double reduce_add_double(vfloat v) {
   return sum;
 }
 
+inline int64_t reduce_add(vint v) {
+  int64_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
 inline int64_t count_kept(const bool* mask, int64_t size) {
   vint negative_counts{};
   for_each_vector(size,
                   [&](int64_t i, auto lanes) { negative_counts += load_flags(mask + i, lanes); });
-  int64_t count = 0;
-  for (int i = 0; i < kLanes; ++i) count -= negative_counts[i];
-  return count;
+  return -reduce_add(negative_counts);
 }
 
 // A team no larger than the work pays for: waking a thread costs about as much as 8192 elements.

@@ -1,6 +1,8 @@
 // Count, mean and sum of squared deviations, combined from parts in a fixed order.
 #pragma once
 
+#include <array>
+
 #include "masks.h"
 
 namespace fastrl::cpu::FASTRL_ISA {
@@ -20,27 +22,44 @@ struct Moments {
   }
 };
 
-// Moments of get(i, lanes), the vector of elements i.. of which `kept` are kept by the mask. Two
-// sweeps over data that is in the L1 cache.
-template <typename Get>
-Moments moments_of(const bool* mask, int64_t size, int64_t kept, Get&& get) {
-  if (kept == 0) return {};
-  vfloat sum = broadcast(0.0f), squares = broadcast(0.0f);
-  auto sweep = [&](auto&& body) {
-    for_each_vector(
-        size, [&](int64_t i, auto lanes) { body(load_flags(mask + i, lanes), get(i, lanes)); });
-  };
-  sweep([&](vint keep, vfloat x) { sum += select(keep, x); });
-  const double mean = reduce_add_double(sum) / kept;
-  const float center = static_cast<float>(mean);
-  sweep([&](vint keep, vfloat x) {
-    vfloat d = select(keep, x - center);
-    squares += d * d;
+// Moments of N quantities over the kept elements; get(i, lanes, x) fills x with the vectors of
+// elements i... Two sweeps over data that is in the L1 cache.
+template <int N, typename Get>
+std::array<Moments, N> moments_of(const bool* mask, int64_t size, Get&& get) {
+  vint negative_counts{};
+  vfloat sums[N], squares[N], centers[N];
+  for (int k = 0; k < N; ++k) sums[k] = squares[k] = broadcast(0.0f);
+  for_each_vector(size, [&](int64_t i, auto lanes) {
+    const vint keep = load_flags(mask + i, lanes);
+    negative_counts += keep;
+    vfloat x[N];
+    get(i, lanes, x);
+    for (int k = 0; k < N; ++k) sums[k] += select(keep, x[k]);
   });
-  // The deviations are from the rounded mean; their own mean squared is what that adds.
-  const double rest = mean - center;
-  const double m2 = reduce_add_double(squares) - kept * rest * rest;
-  return {static_cast<double>(kept), mean, m2 < 0 ? 0.0 : m2};
+  const double kept = -reduce_add(negative_counts);
+  std::array<Moments, N> moments;
+  if (kept == 0) return moments;
+  for (int k = 0; k < N; ++k) {
+    moments[k].n = kept;
+    moments[k].mean = reduce_add_double(sums[k]) / kept;
+    centers[k] = broadcast(static_cast<float>(moments[k].mean));
+  }
+  for_each_vector(size, [&](int64_t i, auto lanes) {
+    const vint keep = load_flags(mask + i, lanes);
+    vfloat x[N];
+    get(i, lanes, x);
+    for (int k = 0; k < N; ++k) {
+      const vfloat d = select(keep, x[k] - centers[k]);
+      squares[k] += d * d;
+    }
+  });
+  for (int k = 0; k < N; ++k) {
+    // The deviations are from the rounded mean; its rounding adds its square each time.
+    const double rounding = moments[k].mean - centers[k][0];
+    const double m2 = reduce_add_double(squares[k]) - kept * rounding * rounding;
+    moments[k].m2 = m2 < 0 ? 0.0 : m2;
+  }
+  return moments;
 }
 
 // 1 - residual / total, 0 where there is no variance to explain.

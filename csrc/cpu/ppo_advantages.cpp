@@ -145,13 +145,13 @@ void ppo_advantages(const float* logprobs, const float* ref_logprobs, const floa
     }
     gae_block(inputs, first, advantages, returns);
     for (int64_t b = first; b < end; ++b) {
-      const bool* row_mask = mask + b * steps;
-      const int64_t kept = count_kept(row_mask, steps);
-      auto row_of = [&](const float* x) {
-        return [row = x + b * steps](int64_t i, auto lanes) { return load_first(row + i, lanes); };
-      };
-      parts[b].advantages = moments_of(row_mask, steps, kept, row_of(advantages));
-      parts[b].returns = moments_of(row_mask, steps, kept, row_of(returns));
+      const auto row_moments =
+          moments_of<2>(mask + b * steps, steps, [&](int64_t t, auto lanes, vfloat(&v)[2]) {
+            v[0] = load_first(advantages + b * steps + t, lanes);
+            v[1] = load_first(returns + b * steps + t, lanes);
+          });
+      parts[b].advantages = row_moments[0];
+      parts[b].returns = row_moments[1];
     }
   }
   Sums total;

@@ -129,8 +129,6 @@ Sums chunk_sums(const Inputs& x, const Options& o, const Gradients& g, float sca
     total.ratio += terms.ratio;
     ratio_max = vmax(ratio_max, terms.ratio);
   });
-  const bool* mask = x.mask + begin;
-  const int64_t kept = count_kept(mask, end - begin);
   Sums sums;
   sums.policy = reduce_add_double(total.policy);
   sums.value = reduce_add_double(total.value);
@@ -140,12 +138,13 @@ Sums chunk_sums(const Inputs& x, const Options& o, const Gradients& g, float sca
   sums.value_clipped = reduce_add_double(total.value_clipped);
   sums.ratio = reduce_add_double(total.ratio);
   sums.ratio_max = reduce_max(ratio_max);
-  sums.returns = moments_of(mask, end - begin, kept, [&](int64_t i, auto lanes) {
-    return load_first(x.returns + begin + i, lanes);
-  });
-  sums.residuals = moments_of(mask, end - begin, kept, [&](int64_t i, auto lanes) {
-    return load_first(x.returns + begin + i, lanes) - load_first(x.values + begin + i, lanes);
-  });
+  const auto moments =
+      moments_of<2>(x.mask + begin, end - begin, [&](int64_t i, auto lanes, vfloat(&v)[2]) {
+        v[0] = load_first(x.returns + begin + i, lanes);
+        v[1] = v[0] - load_first(x.values + begin + i, lanes);
+      });
+  sums.returns = moments[0];
+  sums.residuals = moments[1];
   return sums;
 }
 
