@@ -60,7 +60,7 @@ def gae(
         keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
         decay = gae_lambda if lambdas is None else lambdas
         return reference.gae(rewards, values, keep, gamma, decay, dones, bootstrap)
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = rewards.new_empty(2, *rewards.shape).unbind()
     _gae(
         backend, rewards, values, None if mask is None else mask.contiguous(),
         None if dones is None else dones.contiguous(), lambdas, bootstrap,

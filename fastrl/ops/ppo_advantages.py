@@ -111,7 +111,7 @@ def ppo_advantages(
             logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda
         )
     else:
-        advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
+        advantages, returns, rewards, kl = logprobs.new_empty(4, *logprobs.shape).unbind()
         moments = logprobs.new_empty(3, dtype=torch.float64)
         stats = logprobs.new_empty(len(AdvantageStats._fields), dtype=torch.float32)
         _advantages(
