@@ -8,13 +8,17 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
-typedef uint8_t vbyte __attribute__((vector_size(kLanes)));
-
 // -1 where the flag is set, 0 elsewhere; usable as `flags ? a : b`.
 inline vint load_flags(const bool* p) {
-  vbyte bytes;
-  std::memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, vint) != 0;
+#if defined(__AVX512F__)
+  return bit_cast<vint>(
+             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) != 0;
+#elif defined(__AVX2__)
+  return bit_cast<vint>(
+             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))) != 0;
+#else
+  return vint{p[0], p[1], p[2], p[3]} != 0;
+#endif
 }
 
 // How many lanes of a vector are in use: Full is known to the compiler, an int64_t is a remainder.
