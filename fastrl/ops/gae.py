@@ -91,7 +91,8 @@ def _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value):
 def _gae_cpu(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_lambda, advantages, returns):
     _C.gae(
         address(rewards), address(values), address(mask), address(dones), address(lambdas), address(bootstrap_value),
-        rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages), address(returns), torch.get_num_threads(),
+        rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages), address(returns),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -167,8 +167,9 @@ def _advantages_cpu(
 ):  # fmt: skip
     _C.ppo_advantages(
         address(logprobs), address(ref_logprobs), address(values), address(scores), address(mask),
-        logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda, center, scale, address(advantages),
-        address(returns), address(rewards), address(kl), address(moments), address(stats), torch.get_num_threads(),
+        logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
+        center, scale, address(advantages), address(returns), address(rewards), address(kl), address(moments),
+        address(stats), torch.get_num_threads(),
     )  # fmt: skip
 
 
