@@ -87,6 +87,7 @@ def forward(
                 output[begin:end] = result
             else:
                 output[kept[begin:end]] = result.to(output.dtype)
+        del results, result  # before the next chunk allocates its own
 
 
 def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction):
