@@ -12,7 +12,7 @@ from fastrl.demo.world import Task
 from fastrl.report import Html, bar_chart, line_chart, marked, page, paragraph, preformatted, save_page, table
 
 if TYPE_CHECKING:
-    from fastrl.demo.run import Judged
+    from fastrl.demo.stages import Judged
 
 SHARES = (*CRITERIA, "good")
 SAMPLES_PER_KIND = 2
