@@ -153,7 +153,8 @@ class Run:
         outputs = as_tuple(self.provider(inputs))
         if self.upstream is None:
             self.upstream = upstream_of(outputs)
-        torch.autograd.grad(outputs, [inputs[name] for name in self.wrt], self.upstream)
+        leaves = [inputs[name] for name in self.wrt]
+        torch.autograd.grad(outputs, leaves, self.upstream, allow_unused=True)  # a floor may not use all
 
 
 def rotation(case: Case, device: str, copies: int | None = None) -> Iterator[Inputs]:

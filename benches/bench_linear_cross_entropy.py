@@ -1,0 +1,58 @@
+"""linear_cross_entropy, frozen and trained head, against cross_entropy on the whole logits and the bare GEMMs."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from fastrl.benches.harness import Case, compiled
+from fastrl.ops import linear_cross_entropy
+
+FROZEN, TRAINED = ("hidden",), ("hidden", "weight")
+
+
+def cases(device: str, quick: bool = False) -> list[Case]:
+    shape = (128, 64, 8000) if quick else (2048, 576, 49152)
+    return [case(*shape, torch.bfloat16, wrt, device, quick) for wrt in (FROZEN, TRAINED)]
+
+
+def case(rows, hidden_size, vocab, dtype, wrt, device, quick) -> Case:
+    def make(rows: int):
+        return {
+            "hidden": torch.randn(rows, hidden_size).to(dtype),
+            "weight": (torch.randn(vocab, hidden_size) / hidden_size**0.5).to(dtype),
+            "labels": torch.randint(vocab, (rows,)),
+        }
+
+    return Case(
+        op="linear_cross_entropy",
+        shape=f"{rows}x{hidden_size}x{vocab} {'frozen' if wrt == FROZEN else 'trained'} head",
+        dtype=dtype,
+        make=make,
+        rows=rows,
+        gate_rows=64,
+        wrt=wrt,
+        truth=lambda i: linear_cross_entropy(**i, backend="reference"),
+        providers={
+            "torch eager": eager,
+            **({} if quick else compiled(eager)),
+            **({"fastrl reference": lambda i: linear_cross_entropy(**i, backend="reference")} if quick else {}),
+            f"fastrl {device}": lambda i: linear_cross_entropy(**i, backend=device),
+        },
+        floors={"bare GEMMs": lambda i: linear(i["hidden"], i["weight"])},
+        flops=(1 + len(wrt)) * 2 * rows * hidden_size * vocab,
+    )
+
+
+def eager(i):
+    return cross_entropy(linear(i["hidden"], i["weight"]).float(), i["labels"])
+
+
+def test_linear_cross_entropy(benchmark, run):
+    benchmark(run)
+
+
+if __name__ == "__main__":
+    from fastrl.bench import main
+
+    main(["--op", "linear_cross_entropy"])

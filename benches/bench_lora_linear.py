@@ -1,0 +1,104 @@
+"""lora_linear and lora_linear_group against PEFT's LoRA layer and the bare GEMMs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from fastrl.benches.harness import Case, compiled
+from fastrl.ops import lora_linear, lora_linear_group
+
+RANK, SCALING = 16, 2.0
+
+
+def cases(device: str, quick: bool = False) -> list[Case]:
+    if quick:
+        return [case(128, 64, (96,), wrt, device, quick) for wrt in ((), ("x",))]
+    return [
+        case(2048, 576, (1536,), (), device, quick),
+        case(2048, 576, (1536,), ("x",), device, quick),
+        case(2048, 576, (576, 192, 192), ("x",), device, quick),  # query, key, value
+    ]
+
+
+def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device: str, quick: bool) -> Case:
+    """One LoRA layer (lora_linear) or siblings that share x (lora_linear_group)."""
+    dtype = torch.bfloat16
+    numbers = range(len(outs))
+
+    def make(rows: int):
+        inputs = {"x": torch.randn(rows, k).to(dtype)}
+        for n, out in enumerate(outs):
+            inputs[f"weight{n}"] = (torch.randn(out, k) / k**0.5).to(dtype)
+            inputs[f"lora_a{n}"] = (torch.randn(RANK, k) / k**0.5).to(dtype)
+            inputs[f"lora_b{n}"] = (torch.randn(out, RANK) / RANK**0.5).to(dtype)
+        return inputs
+
+    def eager(i):
+        return tuple(
+            linear(i["x"], w) + linear(linear(i["x"], a), b) * SCALING for w, a, b in (layer(i, n) for n in numbers)
+        )
+
+    small = rows * RANK * (len(outs) * k + sum(outs))  # multiply-adds of an adapter product on each side
+    products = rows * k * sum(outs) * (2 if wrt else 1) + small * (3 if wrt else 1)
+    return Case(
+        op="lora_linear" if len(outs) == 1 else "lora_linear_group",
+        shape=f"{rows}x{k}->{','.join(map(str, outs))} r={RANK}",
+        dtype=dtype,
+        make=make,
+        rows=rows,
+        gate_rows=256,
+        wrt=wrt and ("x", *(f"lora_{side}{n}" for n in numbers for side in "ab")),
+        truth=lambda i: fused(i, numbers, "reference"),
+        providers={
+            "torch eager": eager,
+            **({} if quick else compiled(eager)),
+            **({"peft lora.Linear": peft_layers(k, outs, device)} if find_spec("peft") else {}),
+            "fastrl reference": lambda i: fused(i, numbers, "reference"),
+            f"fastrl {device}": lambda i: fused(i, numbers, device),
+        },
+        floors={"bare GEMMs": lambda i: tuple(linear(i["x"], i[f"weight{n}"]) for n in numbers)},
+        flops=2 * products,
+    )
+
+
+def layer(i, n):
+    return i[f"weight{n}"], i[f"lora_a{n}"], i[f"lora_b{n}"]
+
+
+def fused(i, numbers, backend):
+    layers = [(*layer(i, n), SCALING) for n in numbers]
+    if len(layers) == 1:
+        return lora_linear(i["x"], *layers[0], backend=backend)
+    return tuple(lora_linear_group(i["x"], layers, backend=backend))
+
+
+def peft_layers(k: int, outs: tuple[int, ...], device: str):
+    """PEFT's own modules, given the weights of the inputs; adapters in the dtype of x, which is PEFT's faster mode."""
+    from peft import LoraConfig, get_peft_model
+
+    base = nn.ModuleList(nn.Linear(k, out, bias=False) for out in outs).to(device, torch.bfloat16)
+    config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[str(n) for n in range(len(outs))])
+    modules = list(get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model)
+
+    def run(i):
+        for n, module in enumerate(modules):
+            holders = module.base_layer, module.lora_A["default"], module.lora_B["default"]
+            for holder, tensor in zip(holders, layer(i, n), strict=True):
+                holder._parameters["weight"] = tensor
+        return tuple(module(i["x"]) for module in modules)
+
+    return run
+
+
+def test_lora_linear(benchmark, run):
+    benchmark(run)
+
+
+if __name__ == "__main__":
+    from fastrl.bench import main
+
+    main(["--op", "lora_linear"])
