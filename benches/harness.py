@@ -11,7 +11,6 @@ import importlib
 import itertools
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -126,7 +125,7 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
             p20, p50, p80 = percentiles(times[name])
             row |= {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))}
             if baseline in times:
-                row |= {"baseline": baseline, "speedup": number(statistics.median(times[baseline]) / p50)}
+                row |= {"baseline": baseline, "speedup": number(percentiles(times[baseline])[1] / p50)}
             work, unit = (case.flops, "GFLOP/s") if case.bound == "gemm" else (case.bytes, "GB/s")
             if name not in case.floors and work:
                 rate = work / p50 / 1e9

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastrl import bench
-from fastrl.benches import harness, machine, memory, results, tables
+from fastrl.benches import bench_train, harness, machine, memory, results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = {"read": 10.0, "copy": 10.0, "gemm fp32": 100.0}
@@ -147,3 +147,21 @@ def test_command_measures_and_writes(tmp_path, capsys):
     assert all(float(row["peak_extra_mib"]) < 64 for row in rows)
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert "token_logprobs 64x32000 bf16 fwd+bwd" in capsys.readouterr().out
+
+
+def test_peers_must_agree_before_their_times_count():
+    expected = {"surprisal": 100.0, "score": 0.5}
+    assert bench_train.disagreement({"surprisal": 100.0, "score": 0.5}, expected) == 0
+    assert bench_train.disagreement({"surprisal": 101.0, "score": 0.5}, expected) == pytest.approx(0.01)
+
+
+@pytest.mark.slow
+def test_train_bench_runs_both_peers_on_the_same_work(tmp_path):
+    path = tmp_path / "train.csv"
+    small = "--hidden 32 --layers 1 --heads 2 --kv-heads 1 --intermediate 64 --vocab 100 --batch 4 --minibatch 4"
+    rest = "--prompt 8 --response 8 --iterations 1 --repeats 1 --threads 1"
+    bench_train.main(["--csv", str(path), "--task", "SFT step, LoRA", *small.split(), *rest.split()])
+    rows = {row["provider"]: row for row in results.read(path)}
+    assert set(rows) == {"transformers + peft", "fastrl loop"}
+    assert all(row["status"] == "ok" and float(row["rate"]) > 0 for row in rows.values())
+    assert float(rows["fastrl loop"]["error"]) < 1e-4

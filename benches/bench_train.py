@@ -1,0 +1,132 @@
+"""PPO updates and SFT steps of the loops against TRL 1.12 (the last with PPO) and transformers + PEFT.
+
+    python -m fastrl.benches.bench_train --trl-python /path/to/venv-with-trl-1.12/bin/python
+
+Every peer gets the same weights and the same sequences, runs in a process of its own, and must report the same
+log-probs, scores or loss before its time counts. tokens/s counts response tokens, once per iteration however many
+epochs; sampling is excluded. Memory is the peak resident set of the process: in all (peak MiB) and beyond what the
+imports took (extra MiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+from fastrl.benches import machine, results, train_workload
+from fastrl.benches.harness import number, percentiles
+from fastrl.benches.train_workload import Settings
+
+HERE = Path(__file__).resolve().parent
+OURS, PLAIN, TRL = "fastrl.benches.train_fastrl", "fastrl.benches.train_transformers", "train_trl.py"
+PEERS = {  # task -> (provider, program, its argument), baseline first
+    "PPO update, LoRA": [
+        ("trl + peft", TRL, "ppo-lora"),
+        ("trl + peft, LoRA critic", TRL, "ppo-lora-critic"),
+        ("fastrl loop", OURS, "ppo-lora"),
+    ],
+    "PPO update, full": [("trl", TRL, "ppo-full"), ("fastrl loop", OURS, "ppo-full")],
+    "SFT step, LoRA": [("transformers + peft", PLAIN, "sft-lora"), ("fastrl loop", OURS, "sft-lora")],
+    "SFT step, full": [("transformers", PLAIN, "sft-full"), ("fastrl loop", OURS, "sft-full")],
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fastrl.benches.bench_train", description=__doc__.split("\n")[0])
+    parser.add_argument("--trl-python", help="interpreter that has trl==1.12.0 and peft; without it no TRL rows")
+    parser.add_argument("--task", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--repeats", type=int, default=2, help="turns that every peer gets")
+    parser.add_argument("--csv", type=Path, default=Path("fastrl-bench/train.csv"), help="CSV to update")
+    for setting in fields(Settings):
+        flag = f"--{setting.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(setting.default), default=setting.default)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    with tempfile.TemporaryDirectory() as folder:
+        train_workload.write(Path(folder), settings)
+        rows = [row for task in args.task for row in measure(task, Path(folder), settings, args)]
+    results.write(args.csv, results.merge(results.read(args.csv), rows))
+    print(f"{results.table(rows)}\n\n{args.csv} written")
+
+
+def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[results.Row]:
+    """One row per peer of `task`; the peers take turns."""
+    peers = [peer for peer in PEERS[task] if peer[1] != TRL or args.trl_python]
+    reports: dict[str, list[dict]] = {provider: [] for provider, *_ in peers}
+    for turn in range(args.repeats):
+        for provider, program, argument in peers:
+            print(f"[{turn + 1}/{args.repeats}] {task}: {provider}", file=sys.stderr, flush=True)
+            reports[provider].append(run(program, folder, argument, settings.threads, args.trl_python))
+    baseline = peers[0][0]
+    environment = machine.environment("cpu") | {"threads": str(settings.threads)}
+    tokens = sum(map(len, train_workload.read(folder)[2]))
+    base = percentiles(all_seconds(reports[baseline]))[1]
+    rows = []
+    for provider, *_ in peers:
+        p20, p50, p80 = percentiles(all_seconds(reports[provider]))
+        error = disagreement(reports[provider][0]["check"], reports[baseline][0]["check"])
+        rows.append(
+            environment
+            | {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))}
+            | {
+                "op": task,
+                "shape": describe(settings),
+                "dtype": "fp32",
+                "direction": "step",
+                "provider": provider,
+                "status": "ok" if error < 1e-3 else f"differs from {baseline}",
+                "baseline": baseline,
+                "speedup": number(base / p50),
+                "rate": number(tokens / p50),
+                "unit": "tokens/s",
+                "peak_mib": number(max(report["peak_mib"] for report in reports[provider])),
+                "peak_extra_mib": number(max(r["peak_mib"] - r["imported_mib"] for r in reports[provider])),
+                "error": number(error),
+            }
+        )
+    return rows
+
+
+def run(program: str, folder: Path, argument: str, threads: int, trl_python: str | None) -> dict:
+    """The JSON that a peer prints on its last line."""
+    command = [trl_python, str(HERE / TRL)] if program == TRL else [sys.executable, "-m", program]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([*command, str(folder), argument], env=environment, capture_output=True, text=True)  # type: ignore[list-item]
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} {argument} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def all_seconds(reports: list[dict]) -> list[float]:
+    return [seconds for report in reports for seconds in report["seconds"]]
+
+
+def disagreement(check: dict[str, float], expected: dict[str, float]) -> float:
+    """Largest relative difference of what both report before the first update."""
+    return max(abs(check[name] - value) / max(abs(value), 1e-6) for name, value in expected.items()) or 0.0
+
+
+def describe(settings: Settings) -> str:
+    s = settings
+    million = (s.vocab * s.hidden + s.layers * s.hidden * layer_width(s)) / 1e6
+    return f"{math.ceil(million)}M V={s.vocab} {s.batch}x({s.prompt}+{s.response}) {s.epochs} epochs"
+
+
+def layer_width(s: Settings) -> int:
+    """Weights of a layer per hidden unit: query, output, key, value, gate, up, down."""
+    return 2 * s.hidden + 2 * s.hidden * s.kv_heads // s.heads + 3 * s.intermediate
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""PPO updates or SFT steps of fastrl's loops on a workload; run by bench_train.py.
+
+python -m fastrl.benches.train_fastrl WORKLOAD ppo-lora|ppo-full|sft-lora|sft-full
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from fastrl.benches.train_workload import Settings, peak_mib, read
+from fastrl.data import Example, pad
+from fastrl.losses import chunks, sft_batch, sft_loss, supervised_tokens
+from fastrl.metrics import PhaseTimer
+from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
+from fastrl.optim import make_optimizer, optimizer_step
+from fastrl.rollout import Trajectory
+from fastrl.train import ppo
+
+
+def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
+    """Seconds per update phase: scores, log-probs, values, advantages, minibatch epochs; sampling excluded."""
+    settings, prompts, responses = read(folder)
+    cfg = ppo.PPOConfig(
+        model=str(folder / "policy"),
+        reward_model=str(folder / "reward"),
+        data="",
+        output=output,
+        batch_size=settings.batch,
+        minibatch_size=settings.minibatch,
+        micro_batch_size=settings.micro_batch,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        critic_learning_rate=settings.learning_rate,
+        lora_rank=rank,
+    )
+    roles = ppo.load_roles(cfg, load_tokenizer(cfg.model))
+    optimizers = [make_optimizer(model, learning_rate=settings.learning_rate) for model in (roles.policy, roles.critic)]
+    trajectory = fixed_trajectory(prompts, responses)
+    mask = trajectory.response_mask
+    seconds, check = [], {}
+    for iteration in range(settings.iterations + 1):
+        start = time.perf_counter()
+        assessed = ppo.assess(roles, trajectory, cfg, PhaseTimer())
+        shaped = ppo.shape(assessed, mask, cfg)
+        experience = ppo.Experience(*trajectory[:2], mask, assessed.logprobs, assessed.values, *shaped[:2])
+        ppo.update(roles, optimizers, experience, cfg, iteration)
+        seconds.append(time.perf_counter() - start)
+        if iteration == 0:
+            check = {"surprisal": float(-assessed.logprobs.sum(1).mean()), "score": float(assessed.scores.mean())}
+    return seconds[1:], check
+
+
+def fixed_trajectory(prompts: list[list[int]], responses: list[list[int]]) -> Trajectory:
+    left, left_mask = pad(prompts, 0, side="left")
+    right, right_mask = pad(responses, 0, side="right")
+    stopped = torch.ones(len(prompts), dtype=torch.bool)
+    return Trajectory(torch.cat([left, right], 1), torch.cat([left_mask, right_mask], 1), right, right_mask, stopped)
+
+
+def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
+    """Seconds per optimizer step, as in fastrl.train.sft."""
+    settings, prompts, responses = read(folder)
+    model = load_policy(folder / "policy")
+    if rank:
+        model = add_lora(model, LoRASettings(rank, 2 * rank))
+    model.train()
+    optimizer = make_optimizer(model, learning_rate=settings.learning_rate)
+    examples = [Example(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(prompts, responses, strict=True)]
+    examples.sort(key=lambda example: len(example.input_ids))
+    targets = supervised_tokens(examples)
+    seconds, losses = [], []
+    for step in range(settings.iterations + 1):
+        start = time.perf_counter()
+        loss = 0.0
+        for micro in chunks(examples, settings.micro_batch):
+            part = sft_loss(model, sft_batch(micro, 0), denominator=targets)
+            part.backward()
+            loss += float(part.detach())
+        optimizer_step(model, optimizer, None, max_grad_norm=1.0, step=step)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    return seconds[1:], {"loss": losses[0]}
+
+
+def main(folder: Path, task: str) -> None:
+    settings: Settings = read(folder)[0]
+    torch.set_num_threads(settings.threads)
+    transformers.set_seed(settings.seed)
+    imported = peak_mib()
+    rank = settings.lora_rank if task.endswith("lora") else 0
+    with tempfile.TemporaryDirectory() as output:
+        seconds, check = (ppo_updates if task.startswith("ppo") else sft_steps)(folder, rank, output)
+    report = {"seconds": seconds, "peak_mib": peak_mib(), "imported_mib": imported, "check": check}
+    print("\n" + json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
