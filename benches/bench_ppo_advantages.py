@@ -52,8 +52,8 @@ def run(i, backend):
 def chain(i):
     """The steps of trl.experimental.ppo.PPOTrainer.train, whitening included, without its metrics.
 
-    Two details follow fastrl's contract, at the same cost: the score lands on the last kept token (TRL: one past it,
-    unless the response fills the row), and the value is 0 from there on.
+    Three details follow fastrl's contract, at the same cost: the score lands on the last kept token (TRL: one past it,
+    unless the response fills the row), the value is 0 from there on, and the variance is the population's.
     """
     dropped = ~i["mask"]
     logprobs, ref_logprobs = i["logprobs"].masked_fill(dropped, 1.0), i["ref_logprobs"].masked_fill(dropped, 1.0)
@@ -67,7 +67,7 @@ def chain(i):
 def whiten(values, mask):
     count = mask.sum()
     mean = (values * mask).sum() / count
-    variance = (((values - mean) ** 2) * mask).sum() / count * (count / (count - 1))
+    variance = (((values - mean) ** 2) * mask).sum() / count
     return (values - mean) * torch.rsqrt(variance + 1e-8)
 
 
