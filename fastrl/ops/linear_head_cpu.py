@@ -21,6 +21,8 @@ from fastrl.reference.token_logprobs import check_range
 # threads, smaller chunks need less memory for the running sums (rows x H in fp32).
 CHUNK_ROWS = 512
 BLOCK_BYTES = 4 << 20
+# Logits of a chunk of rows that are kept where they form the gradients of a trained head without being computed again.
+KEPT_BYTES = 32 << 20
 
 
 class Head(NamedTuple):
@@ -58,8 +60,12 @@ class Head(NamedTuple):
 def forward(
     hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
     logprobs, row_stats, entropy, direction, entropy_direction,
+    upstream=None, dweight=None, dbias=None, dlora_b=None,
 ):  # fmt: skip
     """Fills the outputs, 0 where masked; those that are None are not needed.
+
+    If `upstream` (0-d) of every log-prob is known, the gradients of the parameters are formed here as well: a chunk's
+    exponentials are kept until its sums are complete, so no logits are computed again.
 
     A direction (M, H + r) is the gradient of log-prob or entropy with respect to hidden, and to the adapter's
     scaling * hidden @ lora_a.T.
@@ -74,10 +80,17 @@ def forward(
         for output in outputs:
             if output is not None:
                 output.zero_()
-    for begin, end in _spans(len(x), CHUNK_ROWS):
+    first = 0 if dweight is not None else hidden.shape[1]
+    total = None
+    if upstream is not None:
+        in_place = dweight is not None and dweight.dtype == torch.float32 and dweight.shape[1] == x.shape[1]
+        total = dweight.zero_() if in_place else x.new_zeros(len(weight), x.shape[1] - first, dtype=torch.float32)
+    kept_rows = max(64, KEPT_BYTES // (len(weight) * x.element_size()))
+    for begin, end in _spans(len(x), CHUNK_ROWS if total is None else min(CHUNK_ROWS, kept_rows)):
         results = _forward_chunk(
-            x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, direction is not None
-        )
+            x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, direction is not None,
+            upstream, total,
+        )  # fmt: skip
         for output, result in zip(outputs, results, strict=True):
             if output is None:
                 continue
@@ -88,10 +101,13 @@ def forward(
             else:
                 output[kept[begin:end]] = result.to(output.dtype)
         del results, result  # before the next chunk allocates its own
+    if total is not None and total is not dweight:
+        _split(total, hidden.shape[1], first, dweight, dbias, dlora_b)
 
 
-def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction):
-    """log-probs, statistics, entropy and fp32 directions (n, K) of a chunk of rows."""
+def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction, upstream, total):
+    """log-probs, statistics, entropy and fp32 directions (n, K) of a chunk of rows; adds to the parameters' gradient
+    `total` (V, last columns of K) if it is given."""
     n, width = x.shape
     threads = torch.get_num_threads()
     targets = head.select(token_ids)
@@ -101,16 +117,21 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
     weighted = x.new_zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
     copies = 1 if weighted is None else 2
     columns = min(_block_columns(x), len(head.weight))
-    blocks = x.new_empty(copies, n * columns)
+    blocks = x.new_empty(copies, n * columns) if total is None else None
+    kept = []
     products = x.new_empty(copies, n, width if with_direction else 0)
     for begin, end in _spans(len(head.weight), columns):
         block = head.block(begin, end)
-        exponentials = blocks[:, : n * (end - begin)].view(copies, n, end - begin)  # first the logits
+        size = n * (end - begin)
+        exponentials = x.new_empty(copies, size) if blocks is None else blocks[:, :size]
+        exponentials = exponentials.view(copies, n, end - begin)  # first the logits
         torch.mm(x, block.t(), out=exponentials[0])
         _C.linear_head_sweep(
             rows(exponentials[0]), address(token_ids), begin, n, end - begin, 1.0 / temperature, softcap,
-            with_entropy, with_direction, rows(exponentials[-1]), address(sweeps), threads,
+            with_entropy, with_direction or total is not None, rows(exponentials[-1]), address(sweeps), threads,
         )  # fmt: skip
+        if total is not None:
+            kept.append((begin, end, exponentials[0], sweeps[:, 1].clone()))
         if with_direction:
             for i in range(copies):
                 torch.mm(exponentials[i], block, out=products[i])
@@ -123,6 +144,8 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
         address(sweeps), n, 1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
         address(factors[0]), address(factors[1]),
     )  # fmt: skip
+    if total is not None:
+        _add_parameter_gradient(x, token_ids, kept, sweeps[:, 1], upstream * factors[0], temperature, total)
     for i, result in ((1, weighted), (0, sums)):  # the entropy's direction reads both sums, so it is made first
         if result is not None:
             _C.linear_head_direction(
@@ -130,6 +153,26 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
                 address(result), threads,
             )  # fmt: skip
     return logprobs, row_stats, entropy, sums, weighted
+
+
+def _add_parameter_gradient(x, token_ids, kept, last_max, factors, temperature, total):
+    """total += dlogits.T @ x. dlogits of a block are its exponentials times a factor of the row, which x takes on."""
+    x = x[:, x.shape[1] - total.shape[1] :]
+    for begin, end, exponentials, block_max in kept:
+        rescale = torch.where(block_max == -torch.inf, 0, ((block_max - last_max) / temperature).exp())
+        part = x * (factors[:, 1] * rescale)[:, None].to(x.dtype)
+        total[begin:end] += torch.mm(exponentials.t(), part)
+    total.index_add_(0, token_ids, x.float() * factors[:, :1])
+
+
+def _split(total, width, first, dweight, dbias, dlora_b):
+    """Hands the columns of the joint gradient to the parameters they belong to."""
+    if dweight is not None:
+        dweight.copy_(total[:, :width])
+    if dlora_b is not None:
+        dlora_b.copy_(total[:, width - first : width - first + dlora_b.shape[1]])
+    if dbias is not None:
+        dbias.copy_(total[:, -1])
 
 
 def _through_adapter(direction, width, lora_a, scaling):
@@ -154,7 +197,7 @@ def backward_weights(
     per_row = [None if tensor is None else _take(tensor, kept) for tensor in inputs]
     head = Head(weight, lora_b, bias, _multiply_dtype(hidden.dtype))
     x = head.inputs(_take(hidden, kept), lora_a, scaling)
-    width, rank = hidden.shape[1], 0 if lora_b is None else lora_b.shape[1]
+    width = hidden.shape[1]
     first = 0 if dweight is not None else width  # column of x from which gradients are needed
     spans = list(_spans(len(x), CHUNK_ROWS))
     columns = _block_columns(x[: spans[0][1]]) if spans else len(weight)
@@ -170,12 +213,7 @@ def backward_weights(
                 drow_entropy, 1.0 / temperature, softcap, torch.get_num_threads(),
             )  # fmt: skip
             total += torch.mm(logits.t(), x[start:stop, first:])
-        if dweight is not None:
-            dweight[begin:end] = total[:, :width]
-        if dlora_b is not None:
-            dlora_b[begin:end] = total[:, width - first : width - first + rank]
-        if dbias is not None:
-            dbias[begin:end] = total[:, -1]
+        _split(total, width, first, *(None if t is None else t[begin:end] for t in (dweight, dbias, dlora_b)))
 
 
 def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, dinputs):

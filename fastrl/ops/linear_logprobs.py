@@ -130,16 +130,13 @@ class _LinearLogprobs(torch.autograd.Function):
         rows = hidden.reshape(-1, hidden.shape[-1])
         dhidden = dlora_a = None
         if need_hidden or need_lora_a:
-            dinputs = torch.empty_like(direction)
-            _backward_hidden(ctx.backend, direction, entropy_direction, mask, dlogprobs, dentropy, dinputs)
-            dhidden = dinputs[:, : rows.shape[1]].view(hidden.shape)
-            if need_lora_a:
-                kept = rows if mask is None else torch.where(mask[:, None], rows, 0)
-                inner = dinputs[:, rows.shape[1] :].to(lora_a.dtype)
-                dlora_a = torch.mm(inner.t(), kept.to(lora_a.dtype)) * ctx.options[0]
-        dweight = _empty(weight) if need_weight else None
-        dbias = _empty(bias) if need_bias else None
-        dlora_b = _empty(lora_b) if need_lora_b else None
+            dhidden, dlora_a = input_gradients(
+                ctx.backend, hidden, lora_a if need_lora_a else None, ctx.options[0], mask,
+                direction, entropy_direction, dlogprobs, dentropy,
+            )  # fmt: skip
+        dweight = empty(weight) if need_weight else None
+        dbias = empty(bias) if need_bias else None
+        dlora_b = empty(lora_b) if need_lora_b else None
         if need_weight or need_bias or need_lora_b:
             _backward_weights(
                 ctx.backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *ctx.options, row_stats, logprobs,
@@ -148,17 +145,32 @@ class _LinearLogprobs(torch.autograd.Function):
         return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None
 
 
-def _empty(like: torch.Tensor) -> torch.Tensor:
+def input_gradients(
+    backend, hidden, lora_a, scaling, mask, direction, entropy_direction, dlogprobs, dentropy
+):  # fmt: skip
+    """(dhidden, dlora_a) from the saved directions; dlora_a is None if lora_a is."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    dinputs = torch.empty_like(direction)
+    _backward_hidden(backend, direction, entropy_direction, mask, dlogprobs, dentropy, dinputs)
+    dhidden = dinputs[:, : rows.shape[1]].view(hidden.shape)
+    if lora_a is None:
+        return dhidden, None
+    kept = rows if mask is None else torch.where(mask[:, None], rows, 0)
+    inner = dinputs[:, rows.shape[1] :].to(lora_a.dtype)
+    return dhidden, torch.mm(inner.t(), kept.to(lora_a.dtype)) * scaling
+
+
+def empty(like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-_HEAD = (
+HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor token_ids, Tensor? mask, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
     "float scaling, float temperature, float softcap, "
 )
 _forward = native_op(
     "linear_logprobs_fwd",
-    _HEAD + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
+    HEAD_SCHEMA + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
     "Tensor(e!)? entropy_direction",
     {"cpu": linear_head_cpu.forward},
 )
@@ -169,7 +181,7 @@ _backward_hidden = native_op(
 )
 _backward_weights = native_op(
     "linear_logprobs_bwd_weights",
-    _HEAD + "Tensor row_stats, Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
+    HEAD_SCHEMA + "Tensor row_stats, Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
     "Tensor(a!)? dweight, Tensor(b!)? dbias, Tensor(c!)? dlora_b",
     {"cpu": linear_head_cpu.backward_weights},
 )
