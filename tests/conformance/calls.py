@@ -169,5 +169,3 @@ def assert_same(call: Call, found: Tensors, expected: Tensors, tolerance: float,
         scale = want.abs().max().clamp(min=1.0).item() if want.numel() else 1.0
         message = f"{label(call)}: {what}: {name}"
         torch.testing.assert_close(value, want, rtol=tolerance, atol=tolerance * scale, msg=message)
-
-
