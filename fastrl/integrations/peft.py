@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
-from fastrl.ops import lora_linear
+from fastrl.ops.lora_linear import lora_linear
 
 
 class FusedLinear(Linear):
@@ -18,6 +18,8 @@ class FusedLinear(Linear):
     base_layer: Any
     lora_A: Any
     lora_B: Any
+    lora_dropout: Any
+    scaling: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = None if args or kwargs else self._fusable_adapter(x)
