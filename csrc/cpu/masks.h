@@ -59,6 +59,18 @@ inline double reduce_add_double(vfloat v) {
   return sum;
 }
 
+// A float32 sum that also carries what its roundings lost (Knuth's two-sum).
+struct CompensatedSum {
+  vfloat sum{}, lost{};
+
+  void add(vfloat x) {
+    const vfloat total = sum + x, added = total - sum;
+    lost += (sum - (total - added)) + (x - added);
+    sum = total;
+  }
+  double total() const { return reduce_add_double(sum) + reduce_add_double(lost); }
+};
+
 inline int64_t reduce_add(vint v) {
   int64_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];

@@ -116,13 +116,14 @@ Terms terms_at(const Inputs& x, const Options& o, const Gradients& g, float scal
 
 Sums chunk_sums(const Inputs& x, const Options& o, const Gradients& g, float scale, int64_t begin,
                 int64_t end) {
+  CompensatedSum policy, value, entropy;  // they make up the loss
   Terms total{};
   vfloat ratio_max = broadcast(0.0f);
   for_each_vector(end - begin, [&](int64_t i, auto lanes) {
     const Terms terms = terms_at(x, o, g, scale, begin + i, lanes);
-    total.policy += terms.policy;
-    total.value += terms.value;
-    total.entropy += terms.entropy;
+    policy.add(terms.policy);
+    value.add(terms.value);
+    entropy.add(terms.entropy);
     total.approx_kl += terms.approx_kl;
     total.clipped += terms.clipped;
     total.value_clipped += terms.value_clipped;
@@ -130,9 +131,9 @@ Sums chunk_sums(const Inputs& x, const Options& o, const Gradients& g, float sca
     ratio_max = vmax(ratio_max, terms.ratio);
   });
   Sums sums;
-  sums.policy = reduce_add_double(total.policy);
-  sums.value = reduce_add_double(total.value);
-  sums.entropy = reduce_add_double(total.entropy);
+  sums.policy = policy.total();
+  sums.value = value.total();
+  sums.entropy = entropy.total();
   sums.approx_kl = reduce_add_double(total.approx_kl);
   sums.clipped = reduce_add_double(total.clipped);
   sums.value_clipped = reduce_add_double(total.value_clipped);

@@ -92,12 +92,14 @@ def ppo_loss(
     backend = choose_for(OP, logprobs.device.type, dtype, backend)
     if denominator is not None:
         denominator = torch.as_tensor(denominator, dtype=dtype, device=logprobs.device)
+    logprobs, values = logprobs.to(dtype).contiguous(), values.to(dtype).contiguous()
     entropy = None if entropy is None else entropy.to(dtype).contiguous()
-    old_logprobs, old_values = old_logprobs.to(dtype).contiguous(), old_values.to(dtype).contiguous()
+    old_logprobs, old_values, advantages, returns = (
+        t.detach().to(dtype).contiguous() for t in (old_logprobs, old_values, advantages, returns)
+    )
     run = reference.ppo_loss if backend == "reference" else partial(_native, backend)
     loss, stats = run(
-        logprobs.to(dtype).contiguous(), values.to(dtype).contiguous(), entropy, old_logprobs, old_values,
-        advantages.to(dtype).contiguous(), returns.to(dtype).contiguous(), mask.contiguous(), denominator,
+        logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask.contiguous(), denominator,
         clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip,
     )  # fmt: skip
     return loss, PPOStats(*stats.unbind())
@@ -145,38 +147,17 @@ def _native(
     graph = torch.is_grad_enabled()
     wanted = [graph and t is not None and t.requires_grad for t in (logprobs, values, entropy)]
     return _PPOLoss.apply(
-        logprobs,
-        values,
-        entropy,
-        old_logprobs,
-        old_values,
-        advantages,
-        returns,
-        mask,
-        denominator,
-        options,
-        wanted,
-        backend,
-    )
+        logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
+        options, wanted, backend,
+    )  # fmt: skip
 
 
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        logprobs,
-        values,
-        entropy,
-        old_logprobs,
-        old_values,
-        advantages,
-        returns,
-        mask,
-        denominator,
-        options,
-        wanted,
-        backend,
-    ):
+        ctx, logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
+        options, wanted, backend,
+    ):  # fmt: skip
         loss, stats = logprobs.new_empty(()), logprobs.new_empty(len(PPOStats._fields))
         gradients = [torch.empty_like(logprobs) if want else None for want in wanted]
         _loss(

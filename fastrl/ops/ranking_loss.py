@@ -62,7 +62,10 @@ def ranking_loss(
     _check(scores, group_ids, ranks, margins, center_coef)
     dtype = compute_dtype(scores, margins)
     backend = choose_for(OP, scores.device.type, dtype, backend)
-    scores, margins = scores.to(dtype).contiguous(), None if margins is None else margins.to(dtype).contiguous()
+    scores, margins = (
+        scores.to(dtype).contiguous(),
+        None if margins is None else margins.detach().to(dtype).contiguous(),
+    )
     if backend == "reference":
         loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
     else:

@@ -27,7 +27,7 @@ def ppo_loss(
     """(loss, float32 vector in the order of PPOStats): see `fastrl.ops.ppo_loss`. Inputs have one dtype."""
     keep = [
         torch.where(mask, t, 0)  # before any arithmetic, so that no NaN reaches a gradient
-        for t in (logprobs, values, old_logprobs.detach(), old_values.detach(), advantages.detach(), returns.detach())
+        for t in (logprobs, values, old_logprobs, old_values, advantages, returns)
     ]
     logprobs, values, old_logprobs, old_values, advantages, returns = keep
     entropy = torch.zeros_like(values) if entropy is None else torch.where(mask, entropy, 0)

@@ -26,7 +26,7 @@ def ranking_loss(
     weight = 1 / (pairs_of_group.clamp(min=1) * groups.clamp(min=1))
 
     difference = torch.where(beats, scores[:, None] - scores[None, :], 0)
-    margin = 0 if margins is None else torch.where(beats, margins.detach()[:, None], 0)
+    margin = 0 if margins is None else torch.where(beats, margins[:, None], 0)
     pair_loss = -F.logsigmoid(difference - margin)
     if center_coef > 0:
         total = torch.where(beats, scores[:, None] + scores[None, :], 0)
