@@ -12,7 +12,6 @@ from fastrl.reference.masked import compute_dtype
 OP = "gae"
 
 
-@torch.no_grad()
 def gae(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -53,9 +52,9 @@ def gae(
     _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value)
     dtype = compute_dtype(rewards, values, bootstrap_value)
     backend = choose_for(OP, rewards.device.type, dtype, backend)
-    rewards, values = rewards.to(dtype).contiguous(), values.to(dtype).contiguous()
-    bootstrap = None if bootstrap_value is None else bootstrap_value.to(dtype).contiguous()
-    lambdas = gae_lambda.to(dtype).contiguous() if isinstance(gae_lambda, torch.Tensor) else None
+    rewards, values = (t.detach().to(dtype).contiguous() for t in (rewards, values))
+    bootstrap = None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous()
+    lambdas = gae_lambda.detach().to(dtype).contiguous() if isinstance(gae_lambda, torch.Tensor) else None
     if backend == "reference":
         keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
         decay = gae_lambda if lambdas is None else lambdas

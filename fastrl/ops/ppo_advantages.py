@@ -47,7 +47,6 @@ class Advantages(NamedTuple):
     stats: AdvantageStats
 
 
-@torch.no_grad()
 def ppo_advantages(
     logprobs: torch.Tensor,
     ref_logprobs: torch.Tensor,
@@ -103,8 +102,9 @@ def ppo_advantages(
     _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
     backend = choose_for(OP, logprobs.device.type, dtype, backend)
-    logprobs, ref_logprobs = logprobs.to(dtype).contiguous(), ref_logprobs.to(dtype).contiguous()
-    values, scores = values.to(dtype).contiguous(), scores.to(dtype).contiguous()
+    logprobs, ref_logprobs, values, scores = (
+        t.detach().to(dtype).contiguous() for t in (logprobs, ref_logprobs, values, scores)
+    )
     local = process_group is None
     if backend == "reference":
         advantages, returns, rewards, kl, moments, stats = reference.ppo_advantages(
