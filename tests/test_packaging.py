@@ -100,7 +100,7 @@ def test_import_needs_no_triton_no_gpu_no_transformers():
     code = BLOCK.format(blocked=("triton", "transformers", "peft", "datasets", "accelerate"))
     code += "import torch, fastrl.ops as ops\n"
     code += "print(ops.token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend='cpu'))"
-    python(code, env={"CUDA_VISIBLE_DEVICES": ""})
+    python(code, env={"CUDA_VISIBLE_DEVICES": "", "CUDA_HOME": "", "PATH": "/nowhere"})  # no GPU, no nvcc
 
 
 def test_without_the_native_module_everything_runs_on_reference():

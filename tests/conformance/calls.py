@@ -26,7 +26,7 @@ class Call(NamedTuple):
 
 
 def evaluate(call: Call, tensors: Tensors | None = None) -> Tensors:
-    """Every output and every leaf's gradient. Upstreams are tensors "upstream 0", ...: an output without one takes 1."""
+    """Every output, and the gradient of every leaf under the tensors "upstream 0", ... (1 for outputs without one)."""
     tensors = dict(call.tensors if tensors is None else tensors)
     upstreams = {key: tensors.pop(key) for key in list(tensors) if key.startswith("upstream")}
     leaves = {name: tensors[name].detach().requires_grad_() for name in call.leaves}

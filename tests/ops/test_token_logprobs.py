@@ -34,7 +34,7 @@ def gradients(logits, ids, dlogprobs, dentropy=None, **options):
 @pytest.mark.parametrize("vocab", [1, 2, 7, 127, 129, 1000, 2048, 2049, 32001, 50257])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(vocab, dtype):
-    """T1, T4, T16, pitfalls 23, 31, 35: per-token upstream, any vocabulary, within twice eager's error."""
+    """T1, T4, T16, T30, pitfalls 23, 31, 35: per-token upstream, any vocabulary, within twice eager's error."""
     logits, ids, dlogprobs = case(5, vocab, dtype)
     dentropy = torch.linspace(-1, 1, 5)
     options = {"temperature": 0.7}
@@ -44,7 +44,7 @@ def test_matches_float64(vocab, dtype):
     for name, a, e, t in zip(["logprobs", "entropy", "dlogits"], actual, same, truth, strict=True):
         assert_as_accurate(a, e, t, name)
     assert (actual[0] <= 0).all()
-    assert actual[2].dtype == dtype  # T30
+    assert actual[2].dtype == dtype
 
 
 def test_reference_equals_the_torch_line():

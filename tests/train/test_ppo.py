@@ -315,7 +315,8 @@ def records(cfg: PPOConfig) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "length"), [(0, 2), (8, 1)], ids=["full", "lora"])
 def test_a_learnable_reward_is_learned(config, rank, length):
-    """The judge likes half of the last tokens: the held-out score rises from about 0 by far more than chance."""
+    """pitfall 34: the judge likes half of the last tokens: the held-out score rises by far more than chance, and the
+    KL to the reference, 0 before, grows: the reference is not the policy that is trained."""
     cfg = config(
         iterations=15,
         batch_size=64,

@@ -86,7 +86,7 @@ def test_supervision_starts_at_the_response_and_ends_with_eos(examples, tiny_tok
 
 
 def test_loss_and_gradient_equal_plain_transformers(tiny_policy, examples):
-    """pitfall 17, pitfall 42: responses only, from hidden states, equal to eager's to 1e-5."""
+    """pitfall 17: responses only, from hidden states, equal to eager's to 1e-5."""
     ours, plain = load_policy(tiny_policy), load_policy(tiny_policy)
     loss = sft_loss(ours, sft_batch(examples, 0), denominator=supervised_tokens(examples))
     loss.backward()
@@ -246,7 +246,7 @@ def test_evaluation_is_without_dropout(config, tiny_policy, examples):
 
 
 def test_no_graph_outlives_its_micro_batch(config, monkeypatch):
-    """pitfall 28: when the next micro-batch starts, at most the previous loss is still alive."""
+    """T36, pitfall 28: when the next micro-batch starts, at most the previous loss is still alive."""
     losses = []
 
     def watched(*arguments, **options):
