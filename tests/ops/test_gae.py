@@ -119,7 +119,7 @@ def test_dones_cut_a_row_into_episodes(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides_and_dtypes(dtype):
-    """T21, pitfall 24: slices and transposes give the contiguous result; results are float32."""
+    """T21: slices and transposes give the contiguous result; results are float32."""
     rewards, values, mask, *_ = case(6, 37, dtype)
     want = gae(rewards, values, mask, backend=NATIVE)
     assert want[0].dtype == want[1].dtype == torch.float32

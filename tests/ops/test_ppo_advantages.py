@@ -37,7 +37,7 @@ def test_native_is_the_default():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_by_hand(backend):
-    """pitfalls 5, 6, 12, 38: two rows of three tokens, the second without its last one; gamma = lambda = 1.
+    """pitfalls 5, 6, 12, 15, 38: two rows of three tokens, the second without its last one; gamma = lambda = 1.
 
     k1 = [[1, 0, -1], [2, 0, -]]; rewards = -k1 / 2, score on the last kept token: [[-.5, 0, 4.5], [-1, -2, -]].
     Reward-to-go [[4, 4.5, 4.5], [-3, -2, -]] = returns; less values 1: advantages [[3, 3.5, 3.5], [-4, -3, -]].
@@ -202,7 +202,7 @@ def test_extreme_log_ratios(backend, k1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides_and_dtypes(dtype):
-    """T21, pitfall 24: slices and transposes give the contiguous result; results are float32."""
+    """T21: slices and transposes give the contiguous result; results are float32."""
     inputs = case(6, 37, dtype)
     want = ppo_advantages(*inputs, backend=NATIVE)
     assert all(t.dtype == torch.float32 for t in (*want[:4], *want.stats))
