@@ -33,9 +33,9 @@ def case(rows: int, vocab: int, dtype: torch.dtype, wrt: tuple[str, ...], device
         providers={
             "torch eager": eager,
             **({"torch eager, fp32 copy": eager_float} if dtype != torch.float32 else {}),
-            **({} if quick else compiled(eager_float)),
+            **(compiled(eager_float) if dtype == torch.bfloat16 and not quick else {}),
             **optional("trl.trainer.utils", "selective_log_softmax", trl),
-            "fastrl reference": lambda i: token_logprobs(**i, backend="reference"),
+            **({"fastrl reference": lambda i: token_logprobs(**i, backend="reference")} if quick else {}),
             f"fastrl {device}": lambda i: token_logprobs(**i, backend=device),
         },
         bound="copy" if wrt else "read",

@@ -69,6 +69,7 @@ def main() -> None:
     peaks: dict[str, dict[str, float]] = {}
     for case in harness.cases(args.op, args.device, args.quick):
         harness.forget_compiled(case)
+        print(f"memory: {case.label}", file=sys.stderr)
         inputs = harness.rotation(case, args.device, copies=1)
         for name, provider in {**case.providers, **case.floors}.items():
             run = harness.Run(provider, case.wrt, inputs)

@@ -6,6 +6,8 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 OPS = (
@@ -44,23 +46,24 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.csv or args.output / "bench.csv"
-    rows = measure(args)
-    results.write(path, results.merge(results.read(path), rows))
+    rows = []
+    for case_rows in measure(args):  # kept case by case: an interrupted run loses one case
+        rows += case_rows
+        results.write(path, results.merge(results.read(path), case_rows))
     if not args.isa:
         rows += measure_lower_isa(args, path)
-        print(f"\n{results.table(results.merge([], rows))}\n")
-        picture = path.with_suffix(".png")
-        results.plot(results.merge([], rows), picture)
-        print(f"{path} and {picture} written")
+    rows = results.merge([], rows)
+    print(f"\n{results.table(rows)}\n")
+    results.plot(rows, path.with_suffix(".png"))
+    print(f"{path} and {path.with_suffix('.png')} written")
     bad = [row for row in rows if row["status"] not in ("ok", "floor") and row["provider"].startswith("fastrl")]
     if bad:
-        sys.exit(
-            "\n".join(f"fastrl bench: {row['op']} {row['shape']} {row['provider']}: {row['status']}" for row in bad)
-        )
+        lines = [f"{row['op']} {row['shape']} {row['provider']}: {row['status']}" for row in bad]
+        sys.exit("\n".join(["fastrl bench: not all of fastrl's results are right:", *lines]))
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of all cases asked for; with --isa only fastrl's own rows, named after the level."""
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
+    """Rows of one case after the other; with --isa only fastrl's own rows, named after the level, without memory."""
     import torch
 
     from fastrl.benches import harness, machine, memory
@@ -73,16 +76,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, str]]:
     rates = machine.ceilings(args.device, {case.dtype for case in cases}, seconds=0.1 if args.quick else 0.5)
     say("measured ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " (GB/s, GFLOP/s)")
     environment = machine.environment(args.device)
-    peaks = memory.of_cases(args.op, args.device, args.quick)
-    rows = []
+    peaks = {} if args.isa else memory.of_cases(args.op, args.device, args.quick)
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.label}")
-        for row in harness.measure(case, args.device, rates, budget):
-            peak = peaks.get(case.label, {}).get(row["provider"])
-            rows.append(row | environment | ({} if peak is None else {"peak_extra_mib": harness.number(peak)}))
-    if args.isa:
-        rows = [row | {"provider": f"{row['provider']} {args.isa}"} for row in rows if row["provider"] == "fastrl cpu"]
-    return rows
+        rows = [row | environment for row in harness.measure(case, args.device, rates, budget)]
+        for row in rows:
+            if row["provider"] in peaks.get(case.label, {}):
+                row["peak_extra_mib"] = harness.number(peaks[case.label][row["provider"]])
+        if args.isa:
+            rows = [row | {"provider": f"fastrl cpu {args.isa}"} for row in rows if row["provider"] == "fastrl cpu"]
+        yield rows
 
 
 def for_isa(case):
@@ -102,12 +105,13 @@ def measure_lower_isa(args: argparse.Namespace, path: Path) -> list[dict[str, st
         return []
     say("again with AVX2 only:")
     command = [sys.executable, "-m", "fastrl.bench", "--isa", "avx2", "--csv", str(path), "--op", *args.op]
-    subprocess.run(command + (["--threads", str(args.threads)] if args.threads else []), check=True)
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    subprocess.run(command + threads, stdout=subprocess.DEVNULL, check=True)
     return [row for row in results.read(path) if row["provider"] == "fastrl cpu avx2" and row["op"] in args.op]
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
