@@ -62,7 +62,7 @@ class Case:
 class Budget:
     """Seconds per case, shared evenly by its providers, and rounds per provider."""
 
-    seconds: float = 4.0
+    seconds: float = 3.0
     warmup: float = 0.3
     min_rounds: int = 5
     max_rounds: int = 300

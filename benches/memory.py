@@ -71,7 +71,7 @@ def main() -> None:
         harness.forget_compiled(case)
         print(f"memory: {case.label}", file=sys.stderr)
         inputs = harness.rotation(case, args.device, copies=1)
-        for name, provider in {**case.providers, **case.floors}.items():
+        for name, provider in case.providers.items():
             run = harness.Run(provider, case.wrt, inputs)
             try:
                 run()  # compiles, starts threads
