@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
-from fastrl.benches import machine, results, train_workload
+from fastrl.benches import machine, records, train_workload
 from fastrl.benches.harness import number, percentiles
 from fastrl.benches.train_workload import Settings
 
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         train_workload.write(Path(folder), settings)
         rows = [row for task in args.task for row in measure(task, Path(folder), settings, args)]
-    results.write(args.csv, results.merge(results.read(args.csv), rows))
-    print(f"{results.table(rows)}\n\n{args.csv} written")
+    records.write(args.csv, records.merge(records.read(args.csv), rows))
+    print(f"{records.table(rows)}\n\n{args.csv} written")
 
 
-def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[results.Row]:
+def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[records.Row]:
     """One row per peer of `task`; the peers take turns."""
     peers = [peer for peer in PEERS[task] if peer[1] != TRL or args.trl_python]
     reports: dict[str, list[dict]] = {provider: [] for provider, *_ in peers}

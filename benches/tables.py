@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from fastrl.benches import results
+from fastrl.benches import records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKERS = re.compile(r"(<!-- bench (\S+) -->\n).*?(<!-- /bench \2 -->)", re.DOTALL)
@@ -18,10 +18,10 @@ HEADER = """\
 | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
-def markdown(rows: list[results.Row]) -> str:
+def markdown(rows: list[records.Row]) -> str:
     """fastrl against the baseline of each case, wins and losses alike."""
     lines = [HEADER]
-    for members in results.by_case(rows).values():
+    for members in records.by_case(rows).values():
         baseline = {row["provider"]: row for row in members}.get(members[0]["baseline"])
         for row in members:
             if baseline is None or not row["provider"].startswith("fastrl ") or row["provider"] == "fastrl reference":
@@ -46,7 +46,7 @@ def fill(text: str, folder: Path = RESULTS) -> str:
     """`text` with every marked table made anew from its CSV."""
 
     def table(match: re.Match[str]) -> str:
-        rows = results.read(folder / match[2])
+        rows = records.read(folder / match[2])
         if not rows:
             raise ValueError(
                 f"README marker 'bench {match[2]}': expected measurements in {folder / match[2]}, got none"

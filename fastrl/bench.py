@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["FASTRL_CPU_ISA"] = args.isa  # read when the native module is first used
     import torch
 
-    from fastrl.benches import results
+    from fastrl.benches import records
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for case_rows in measure(args):  # kept case by case: an interrupted run loses one case
         rows += case_rows
-        results.write(path, results.merge(results.read(path), case_rows))
+        records.write(path, records.merge(records.read(path), case_rows))
     if not args.isa:
         rows += measure_lower_isa(args, path)
-    rows = results.merge([], rows)
-    print(f"\n{results.table(rows)}\n")
-    results.plot(rows, path.with_suffix(".png"))
+    rows = records.merge([], rows)
+    print(f"\n{records.table(rows)}\n")
+    records.plot(rows, path.with_suffix(".png"))
     print(f"{path} and {path.with_suffix('.png')} written")
     bad = [row for row in rows if row["status"] not in ("ok", "floor") and row["provider"].startswith("fastrl")]
     if bad:
@@ -98,7 +98,7 @@ def for_isa(case):
 
 def measure_lower_isa(args: argparse.Namespace, path: Path) -> list[dict[str, str]]:
     """The memory-bound cases once more with AVX2 kernels, in a process of their own: the level is read once."""
-    from fastrl.benches import results
+    from fastrl.benches import records
     from fastrl.ops.backend import _C
 
     if args.device != "cpu" or args.quick or _C is None or _C.cpu_isa() != "avx512":
@@ -107,7 +107,7 @@ def measure_lower_isa(args: argparse.Namespace, path: Path) -> list[dict[str, st
     command = [sys.executable, "-m", "fastrl.bench", "--isa", "avx2", "--csv", str(path), "--op", *args.op]
     threads = ["--threads", str(args.threads)] if args.threads else []
     subprocess.run(command + threads, stdout=subprocess.DEVNULL, check=True)
-    return [row for row in results.read(path) if row["provider"] == "fastrl cpu avx2" and row["op"] in args.op]
+    return [row for row in records.read(path) if row["provider"] == "fastrl cpu avx2" and row["op"] in args.op]
 
 
 def say(text: str) -> None:

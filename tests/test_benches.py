@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastrl import bench
-from fastrl.benches import bench_train, harness, machine, memory, results, tables
+from fastrl.benches import bench_train, harness, machine, memory, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = {"read": 10.0, "copy": 10.0, "gemm fp32": 100.0}
@@ -47,7 +47,7 @@ def test_a_row_adds_up():
     assert float(ours["speedup"]) == pytest.approx(float(eager["ms_p50"]) / float(ours["ms_p50"]), rel=1e-2)
     assert float(ours["rate"]) == pytest.approx(64000 / float(ours["ms_p50"]) / 1e6, rel=1e-2)
     assert float(ours["percent"]) == pytest.approx(100 * float(ours["rate"]) / 10, rel=1e-2)
-    assert set(ours) <= set(results.COLUMNS)
+    assert set(ours) <= set(records.COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +111,17 @@ def test_peak_memory_counts_every_allocator_and_no_freed_block():
 def test_rows_are_replaced_by_key(tmp_path):
     rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
     path = tmp_path / "sub" / "bench.csv"
-    results.write(path, rows)
-    assert len(results.read(path)) == 2
+    records.write(path, rows)
+    assert len(records.read(path)) == 2
     again = [dict(rows[1], ms_p50="7"), dict(rows[1], threads="1")]
-    merged = results.merge(results.read(path), again)
+    merged = records.merge(records.read(path), again)
     assert len(merged) == 3
     assert [row["ms_p50"] for row in merged if row["provider"] == "fastrl cpu" and row["threads"] == "2"] == ["7"]
 
 
 def test_readme_tables_come_from_the_csv(tmp_path):
     rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
-    results.write(tmp_path / "cpu.csv", rows)
+    records.write(tmp_path / "cpu.csv", rows)
     text = "before\n<!-- bench cpu.csv -->\nold\n<!-- /bench cpu.csv -->\nafter\n"
     filled = tables.fill(text, tmp_path)
     assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
@@ -141,7 +141,7 @@ def test_readme_agrees_with_the_committed_csv():
 @pytest.mark.slow
 def test_command_measures_and_writes(tmp_path, capsys):
     bench.main(["--op", "token_logprobs", "--quick", "--output", str(tmp_path)])
-    rows = results.read(tmp_path / "bench.csv")
+    rows = records.read(tmp_path / "bench.csv")
     assert {row["direction"] for row in rows} == {"fwd", "fwd+bwd"}
     assert all(row["status"] == "ok" for row in rows)
     assert all(float(row["peak_extra_mib"]) < 64 for row in rows)
@@ -161,7 +161,7 @@ def test_train_bench_runs_both_peers_on_the_same_work(tmp_path):
     small = "--hidden 32 --layers 1 --heads 2 --kv-heads 1 --intermediate 64 --vocab 100 --batch 4 --minibatch 4"
     rest = "--prompt 8 --response 8 --iterations 1 --repeats 1 --threads 1"
     bench_train.main(["--csv", str(path), "--task", "SFT step, LoRA", *small.split(), *rest.split()])
-    rows = {row["provider"]: row for row in results.read(path)}
+    rows = {row["provider"]: row for row in records.read(path)}
     assert set(rows) == {"transformers + peft", "fastrl loop"}
     assert all(row["status"] == "ok" and float(row["rate"]) > 0 for row in rows.values())
     assert float(rows["fastrl loop"]["error"]) < 1e-4
