@@ -17,14 +17,14 @@ PAD, EOS, FIRST_WORD = 0, 1, 2
 
 @dataclass(frozen=True)
 class Settings:
-    """A small Llama in SmolLM2-135M's proportions, and one PPO iteration or SFT step on it."""
+    """SmolLM2-135M cut to 8 of its 30 layers, its vocabulary cut in proportion; one PPO iteration or SFT step on it."""
 
     hidden: int = 576
-    layers: int = 30
+    layers: int = 8
     heads: int = 9
     kv_heads: int = 3
     intermediate: int = 1536
-    vocab: int = 49152
+    vocab: int = 12288
     prompt: int = 64  # longest; lengths are uniform from a quarter of it
     response: int = 64  # likewise
     batch: int = 16
