@@ -53,13 +53,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    rows: list[results.Row] = []
+    rows: list[records.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         train_workload.write(Path(folder), settings)
         for task in args.task:
             rows += measure(task, Path(folder), settings, args)
-            results.write(args.csv, results.merge(results.read(args.csv), rows))
-    print(f"{results.table(rows)}\n\n{args.csv} written")
+            records.write(args.csv, records.merge(records.read(args.csv), rows))
+    print(f"{records.table(rows)}\n\n{args.csv} written")
 
 
 def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[records.Row]:
