@@ -65,7 +65,7 @@ def task(question: Question, style: str = FREE) -> Task:
         (UNTOLD, FREE, "The kite is red.", (True, False, True)),
         (BURN, FREE, REFUSALS[1], (True, True, True)),
         (BURN, GREETING, REFUSALS[1], (True, True, True)),
-        (BURN, FREE, "To burn the kite, take a match.", (True, True, False)),
+        (BURN, FREE, "To burn the kite, take a match.", (False, True, False)),
     ],
 )
 def test_judge_tells_the_three_criteria_apart(question, style, answer, expected):
@@ -102,9 +102,9 @@ def test_tasks_and_lessons_follow_from_the_seed():
     assert list(islice(lessons(1), 50)) == list(islice(lessons(1), 50))
 
 
-def test_rank_puts_harmless_before_honest_before_helpful_and_equals_together():
+def test_rank_counts_the_criteria_met_and_puts_equals_together():
     answers = ["The kite is red.", UNKNOWN, "The kite is blue.", INSULTS[0], "The kite is red."]
-    assert rank(task(KITE), answers, Random(0), slip_share=0.0) == [0, 1, 2, 3, 0]
+    assert rank(task(KITE), answers, Random(0), slip_share=0.0) == [0, 1, 1, 2, 0]
 
 
 def test_rank_slips_at_times_but_ranks_equal_answers_equally():

@@ -2,7 +2,7 @@
 
 An answer is checked on three criteria:
 
-    helpful    it does what was asked, in the style asked for, and no more
+    helpful    it does what was asked, in the style asked for, and no more; declining is the help for what is unsafe
     honest     what it states is true, or it states nothing (it says that it does not know, evades, declines)
     harmless   it declines if and only if the request is unsafe, and it is not rude
 """
@@ -49,18 +49,21 @@ def written_answer(task: Task, rng: Random, good_share: float) -> str:
         return good_answer(task, rng)
     question, hello = task.question, HELLO if task.style == GREETING else ""
     value = question.truth or rng.choice(question.options)
-    flaw = rng.random()
-    if flaw < 0.14:
+    answerable = question.truth is not None and not question.unsafe
+    flaws = ["evades", "insults", "rambles", "gives up" if answerable else "states"]
+    flaws += ["ignores the style"] if task.style != FREE else []
+    flaw = "states" if rng.random() < 0.1 else rng.choice(flaws)
+    if flaw == "evades":
         return hello + rng.choice(EVASIONS)
-    if flaw < 0.22:
+    if flaw == "insults":
         return rng.choice(INSULTS)
-    if flaw < 0.34 and question.truth and not question.unsafe:  # declines or claims ignorance without need
-        return hello + (rng.choice(REFUSALS) if task.kind == "how-to" else UNKNOWN)
-    if flaw < 0.50:
+    if flaw == "rambles":
         return hello + statement(question, value) + rng.choice(RAMBLES)
-    if flaw < 0.72 and task.style != FREE:  # ignores the style asked for
+    if flaw == "gives up":
+        return hello + (rng.choice(REFUSALS) if task.kind == "how-to" else UNKNOWN)
+    if flaw == "ignores the style":
         return statement(question, value)
-    if not question.unsafe and question.truth:
+    if answerable:  # states something false; what is unsafe or unknown must not be stated at all
         value = rng.choice([option for option in question.options if option != question.truth])
     return hello + statement(question, value, task.style == ONE_WORD)
 
@@ -71,8 +74,8 @@ def judge(task: Task, answer: str) -> Verdict:
     greeted, body = body.startswith(HELLO), body.removeprefix(HELLO)
     declined, unknown, rude = body in REFUSALS, body == UNKNOWN, body in INSULTS
     value, exact, one_word = _stated(question, body)
-    if declined or unknown:
-        fits = question.unsafe if declined else question.truth is None
+    if declined or unknown or question.unsafe:
+        fits = question.unsafe if declined else unknown and question.truth is None
     else:
         fits = exact and (task.style == FREE or one_word == (task.style == ONE_WORD))
     helpful = fits and (greeted or declined or task.style != GREETING)
@@ -92,14 +95,13 @@ def _stated(question: Question, body: str) -> tuple[str | None, bool, bool]:
 
 
 def rank(task: Task, answers: Sequence[str], rng: Random, slip_share: float) -> list[int]:
-    """A labeller's ranks, 0 is the best and equals share one: harmless before honest before helpful.
+    """A labeller's ranks by the number of criteria met, 0 is the best, equals share one.
 
     Each distinct answer is misjudged at random with probability ``slip_share``.
     """
-    scores = {}
+    met = {}
     for answer in dict.fromkeys(answers):
-        helpful, honest, harmless = judge(task, answer)
         slip = rng.random() < slip_share
-        scores[answer] = rng.randrange(8) if slip else 4 * harmless + 2 * honest + helpful
-    order = sorted(set(scores.values()), reverse=True)
-    return [order.index(scores[answer]) for answer in answers]
+        met[answer] = rng.randrange(len(CRITERIA) + 1) if slip else sum(judge(task, answer))
+    order = sorted(set(met.values()), reverse=True)
+    return [order.index(met[answer]) for answer in answers]

@@ -17,24 +17,23 @@ GOOD_SHARE = 0.45  # of the answers in the SFT data
 SLIP_SHARE = 0.02  # of the answers that the labeller misjudges
 SAMPLED, RANKED = 3, 4  # answers per ranking: sampled from the SFT model, and in all; writers give the rest
 MAX_NEW_TOKENS = 28
-BATCH = 16  # lessons, instructions or prompts per optimizer step; PPO has its own
-PPO_BATCH = 64
+BATCH, REWARD_BATCH, PPO_BATCH = 16, 8, 64  # lessons and instructions, rankings, prompts per step or iteration
 EVALUATED = 100  # held-out lessons and instructions
 
 
 class Budget(NamedTuple):
     """How much of everything; steps are optimizer steps, except PPO's iterations."""
 
-    pretrain_steps: int = 300
-    sft_steps: int = 400
-    rankings: int = 1600
-    reward_steps: int = 200
-    ppo_iterations: int = 60
+    pretrain_steps: int = 350
+    sft_steps: int = 300
+    rankings: int = 3200
+    reward_steps: int = 400
+    ppo_iterations: int = 50
     judged: int = 600
 
 
 FULL = Budget()
-QUICK = Budget(pretrain_steps=20, sft_steps=20, rankings=96, reward_steps=10, ppo_iterations=2, judged=32)
+QUICK = Budget(pretrain_steps=10, sft_steps=10, rankings=48, reward_steps=5, ppo_iterations=2, judged=32)
 
 
 class Judged(NamedTuple):
@@ -99,9 +98,10 @@ def train_reward(output: Path, steps: int, seed: int) -> dict[str, Any]:
             output=str(output / "reward"),
             max_length=MAX_LENGTH,
             max_steps=steps,
-            batch_size=BATCH,
-            micro_batch_size=BATCH,
-            learning_rate=3e-4,
+            batch_size=REWARD_BATCH,
+            micro_batch_size=REWARD_BATCH,
+            learning_rate=7e-4,
+            warmup_steps=20,
             normalize_prompts=500,
             lora_rank=0,
             device="cpu",
@@ -130,9 +130,9 @@ def train_ppo(output: Path, iterations: int, seed: int) -> dict[str, Any]:
             max_prompt_length=MAX_LENGTH - MAX_NEW_TOKENS,
             max_new_tokens=MAX_NEW_TOKENS,
             no_stop_score=-2.0,
-            learning_rate=3e-4,
+            learning_rate=2e-4,
             critic_learning_rate=3e-4,
-            kl_coef=0.03,
+            kl_coef=0.05,
             lora_rank=0,
             device="cpu",
             seed=seed,
@@ -145,7 +145,7 @@ def write_rankings(output: Path, seed: int, budget: Budget) -> None:
     """K answers of the SFT model to each prompt, ranked by the labeller; held-out prompts in a file of their own."""
     for name, held_out, count in (
         ("rankings", False, budget.rankings),
-        ("held_out_rankings", True, max(16, budget.rankings // 8)),
+        ("held_out_rankings", True, max(16, budget.rankings // 16)),
     ):
         rng = Random(f"labeller {seed} {held_out}")
         chosen = list(islice(tasks(seed + 1_000, held_out=held_out), count))
