@@ -165,6 +165,14 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+ELEMENTS_PER_THREAD = 1 << 16
+
+
+def team(elements: int) -> int:
+    """Threads for a pass over so many elements: at most torch's, and none that would wait longer than it works."""
+    return max(1, min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD))
+
+
 HUGE_PAGES_FROM = 8 << 20  # bytes
 
 

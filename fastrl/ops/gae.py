@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_unit
-from fastrl.ops.backend import _C, address, choose_for, native_op
+from fastrl.ops.backend import _C, address, choose_for, native_op, team
 from fastrl.reference import gae as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -91,7 +91,7 @@ def _gae_cpu(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_
     _C.gae(
         address(rewards), address(values), address(mask), address(dones), address(lambdas), address(bootstrap_value),
         rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages), address(returns),
-        torch.get_num_threads(),
+        team(rewards.numel()),
     )  # fmt: skip
 
 

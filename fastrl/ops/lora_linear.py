@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_device, check_float, check_shape
-from fastrl.ops.backend import _C, DTYPE_CODES, address, choose, native_op
+from fastrl.ops.backend import _C, DTYPE_CODES, address, choose, native_op, team
 from fastrl.reference import lora_linear as reference
 
 
@@ -234,7 +234,7 @@ def _dropped(backend, rows, seed, dropout):
 def _dropout_cpu(matrix, seed, dropout):
     _C.lora_dropout(
         address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1], address(seed),
-        reference.dropout_threshold(dropout), torch.get_num_threads(),
+        reference.dropout_threshold(dropout), team(matrix.numel()),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_non_negative, check_positive, check_unit
-from fastrl.ops.backend import _C, address, choose_for, native_op
+from fastrl.ops.backend import _C, address, choose_for, native_op, team
 from fastrl.reference import ppo_advantages as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -169,7 +169,7 @@ def _advantages_cpu(
         address(logprobs), address(ref_logprobs), address(values), address(scores), address(mask),
         logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
         center, scale, address(advantages), address(returns), address(rewards), address(kl), address(moments),
-        address(stats), torch.get_num_threads(),
+        address(stats), team(logprobs.numel()),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
-from fastrl.ops.backend import _C, address, choose_for, native_op
+from fastrl.ops.backend import _C, address, choose_for, native_op, team
 from fastrl.reference import ppo_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -183,7 +183,7 @@ def _loss_cpu(
         address(logprobs), address(values), address(entropy), address(old_logprobs), address(old_values),
         address(advantages), address(returns), address(mask), address(denominator), logprobs.numel(),
         clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, address(loss), address(stats), address(dlogprobs),
-        address(dvalues), address(dentropy), torch.get_num_threads(),
+        address(dvalues), address(dentropy), team(logprobs.numel()),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
-from fastrl.ops.backend import _C, address, choose_for, native_op
+from fastrl.ops.backend import _C, address, choose_for, native_op, team
 from fastrl.reference import ranking_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -107,7 +107,7 @@ class _RankingLoss(torch.autograd.Function):
 def _loss_cpu(scores, group_ids, ranks, margins, center_coef, loss, stats, dscores):
     _C.ranking_loss(
         address(scores), address(group_ids), address(ranks), address(margins), scores.numel(), center_coef,
-        address(loss), address(stats), address(dscores), torch.get_num_threads(),
+        address(loss), address(stats), address(dscores), team(scores.numel()),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_float, check_ids, check_mask, check_positive
-from fastrl.ops.backend import _C, address, choose, empty_large, native_op, rows, with_simple_rows
+from fastrl.ops.backend import _C, address, choose, empty_large, native_op, rows, team, with_simple_rows
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -113,7 +113,7 @@ def _forward_cpu(logits, token_ids, mask, temperature, softcap, logprobs, row_st
     _C.token_logprobs_fwd(
         rows(logits), address(token_ids), address(mask), token_ids.numel(), logits.shape[-1],
         1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
-        torch.get_num_threads(),
+        team(logits.numel()),
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _backward_cpu(
     _C.token_logprobs_bwd(
         rows(logits), address(token_ids), address(mask), address(row_stats), address(logprobs), address(entropy),
         address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, rows(dlogits), torch.get_num_threads(),
+        1.0 / temperature, softcap, rows(dlogits), team(logits.numel()),
     )  # fmt: skip
 
 
