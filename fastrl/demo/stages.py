@@ -24,7 +24,7 @@ EVALUATED = 100  # held-out lessons and instructions
 class Budget(NamedTuple):
     """How much of everything; steps are optimizer steps, except PPO's iterations."""
 
-    pretrain_steps: int = 350
+    pretrain_steps: int = 280
     sft_steps: int = 300
     rankings: int = 3200
     reward_steps: int = 400

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SHARES = (*CRITERIA, "good")
 SAMPLES_PER_KIND = 2
+BACKENDS = (
+    "The backend that each op runs on, as fastrl doctor tells. The demo trains whole models, so it calls all but the "
+    "LoRA ops."
+)
 PPO_PHASES = ("sample", "score", "logprobs", "advantages", "update")
 
 
@@ -53,7 +57,7 @@ def save(
         ("Before and after", _samples(held_out, judged)),
         ("Learning curves", _curves(output, results)),
         ("Time", _times(output, results)),
-        ("Backends", [paragraph("The backend that each op ran on, as fastrl doctor tells."), preformatted(backends)]),
+        ("Backends", [paragraph(BACKENDS), preformatted(backends)]),
     ]
     return save_page(output / "report.html", page("fastrl demo", lead, sections))
 
