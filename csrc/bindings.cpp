@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "memory.h"
+#include "pointers.h"
 
 #define FASTRL_ISA baseline
 #include "ops.h"
@@ -20,6 +21,7 @@
 #endif
 
 #ifdef FASTRL_WITH_CUDA
+#include "cuda/bindings.h"
 #include "cuda/device.h"
 #endif
 
@@ -39,17 +41,6 @@ namespace {
 #else
 #define FASTRL_CALL(op, ...) cpu::baseline::op(__VA_ARGS__)
 #endif
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (address, dtype code, inner, outer stride, inner stride), as ops/backend.py's rows() makes it.
-Rows rows_of(const py::tuple& t) {
-  return {pointer<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), t[4].cast<int64_t>()};
-}
 
 void linear_head_begin(const py::tuple& x, const py::tuple& targets, int64_t rows, int64_t width,
                        float softcap, uintptr_t sweeps, int threads) {
@@ -217,6 +208,8 @@ PYBIND11_MODULE(_C, m) {
         "Version of the linked cudart, 13000 = 13.0.");
   m.def("cuda_driver_version", &cuda::driver_version, "Version of the driver; 0 if there is none.");
   m.def("cuda_device_count", &cuda::device_count, "Number of CUDA devices; 0 without a driver.");
+  auto submodule = m.def_submodule("cuda", "The CUDA kernels: device addresses and a stream.");
+  cuda::bind(submodule);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -115,7 +115,7 @@ def backends(device: str, dtype: str) -> str:
     try:
         rows = [
             (op, chosen, reason or "no native kernel in this version")
-            for op, chosen, reason in backend.explain(device, getattr(torch, dtype))
+            for op, chosen, reason in backend.explain(torch.device(device), getattr(torch, dtype))
         ]
     except ValueError as error:
         return f"  {error}"

@@ -1,6 +1,13 @@
 """Options that all tests share."""
 
+import os
+
 import pytest
+import torch
+
+# Triton's decorators decide at import whether a kernel is compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -152,7 +152,7 @@ def test_doctor_reports_versions_and_backends(capsys):
     assert torch.__version__.partition("+")[0] in text
     from fastrl.ops.backend import explain
 
-    for op, backend, _ in explain("cpu", torch.float32):
+    for op, backend, _ in explain(torch.device("cpu"), torch.float32):
         assert any(line.split()[:2] == [op, backend] for line in text.splitlines())
 
 

@@ -1,12 +1,14 @@
 """Which implementation of an op runs, and how native ones are called.
 
-Backends: `reference` (plain torch, any device and dtype), `cpu` (C++), `triton`, `cuda`. The order of choice is the
-explicit argument, the environment variable FASTRL_BACKEND, then the best that the tensor's device and dtype allow.
+Backends: `reference` (plain torch, any device and dtype), `cpu` (C++), `cuda` (C++), `triton`. The order of choice is
+the explicit argument, the environment variable FASTRL_BACKEND, then the best that the tensor's device and dtype allow.
 A request that cannot be met raises and lists what can; nothing falls back silently.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +23,23 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     NATIVE_ERROR = str(error)
 
+cuda = getattr(_C, "cuda", None)  # the CUDA kernels; None where the module was built without them
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Native backends of every op, best first; `reference` is always there.
+# The devices whose tensors a native backend takes.
+DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+OLDEST_GPU = (8, 0)  # compute capability
+
+# Native backends of every op, best first for the device they take; `reference` is always there.
 NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("cpu",),
     "linear_logprobs": ("cpu",),
     "linear_cross_entropy": ("cpu",),
-    "lora_linear": ("cpu",),
-    "lora_linear_group": ("cpu",),
+    "lora_linear": ("cpu", "cuda", "triton"),
+    "lora_linear_group": ("cpu", "cuda", "triton"),
     "gae": ("cpu",),
     "ppo_advantages": ("cpu",),
     "ppo_loss": ("cpu",),
@@ -39,60 +49,72 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/dtypes.h
 
 
-def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The reason why `backend` cannot run `op` on such tensors; empty if it can."""
     if backend == "reference":
         return ""
     if backend not in NATIVE_BACKENDS[op]:
         return f"{op} has no {backend} kernel in this version"
-    if backend == "cpu":
-        if _C is None:
-            return f"the native module fastrl._C is missing ({NATIVE_ERROR})"
-        if device_type != "cpu":
-            return f"tensors are on {device_type}"
+    if backend == "triton":
+        if not HAS_TRITON:
+            return "triton is not installed"
+    elif _C is None:
+        return f"the native module fastrl._C is missing ({NATIVE_ERROR})"
+    elif backend == "cuda" and cuda is None:
+        return "fastrl._C was built without CUDA (FASTRL_CUDA=on needs nvcc)"
+    if device.type not in DEVICES[backend]:
+        return f"tensors are on {device.type}"
+    if device.type == "cuda" and compute_capability(device.index) < OLDEST_GPU:
+        major, minor = compute_capability(device.index)
+        return f"the GPU has compute capability {major}.{minor}; the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     if dtype not in DTYPE_CODES:
         return f"dtype {dtype} (native kernels take float32, bfloat16, float16)"
     return ""
 
 
+@torch.compiler.assume_constant_result
+def compute_capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     """The backend that runs `op` on tensors like `tensor`."""
-    return choose_for(op, tensor.device.type, tensor.dtype, backend)
+    return choose_for(op, tensor.device, tensor.dtype, backend)
 
 
-def choose_for(op: str, device_type: str, dtype: torch.dtype, backend: str | None = None) -> str:
+def choose_for(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """See `choose`."""
     source = "backend" if backend is not None else "FASTRL_BACKEND"
     requested = backend if backend is not None else os.environ.get("FASTRL_BACKEND")
     if requested:
-        return _require(op, requested, source, device_type, dtype)
+        return _require(op, requested, source, device, dtype)
     for candidate in NATIVE_BACKENDS[op]:
-        if not why_not(candidate, op, device_type, dtype):
+        if not why_not(candidate, op, device, dtype):
             return candidate
     return "reference"
 
 
-def _require(op: str, requested: str, source: str, device_type: str, dtype: torch.dtype) -> str:
+def _require(op: str, requested: str, source: str, device: torch.device, dtype: torch.dtype) -> str:
     if requested not in BACKENDS:
         raise ValueError(f"{op}: {source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
-    reason = why_not(requested, op, device_type, dtype)
+    reason = why_not(requested, op, device, dtype)
     if reason:
-        able = [b for b in BACKENDS if not why_not(b, op, device_type, dtype)]
+        able = [b for b in BACKENDS if not why_not(b, op, device, dtype)]
         raise ValueError(f"{op}: {source}={requested!r} is not possible: {reason}; possible here: {', '.join(able)}")
     return requested
 
 
-def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+def explain(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     """(op, backend that would run, reason) for every op; what `fastrl doctor` prints."""
     rows = []
     for op, candidates in NATIVE_BACKENDS.items():
-        chosen = choose_for(op, device_type, dtype)
+        chosen = choose_for(op, device, dtype)
         if os.environ.get("FASTRL_BACKEND"):
             reason = "FASTRL_BACKEND asks for it"
         elif chosen != "reference":
             reason = f"native kernel ({_C.cpu_isa()})" if chosen == "cpu" else "native kernel"
         else:
-            reason = "; ".join(f"{b}: {why_not(b, op, device_type, dtype)}" for b in candidates)
+            reason = "; ".join(f"{b}: {why_not(b, op, device, dtype)}" for b in candidates)
         rows.append((op, chosen, reason))
     return rows
 
@@ -124,6 +146,25 @@ def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -
             kernels[backend](*args)
 
     return call
+
+
+def triton_kernel(op: str, name: str) -> Callable[..., None]:
+    """The launcher `name` of kernels/<op>.py; Triton is imported at the first call."""
+
+    def launch(*args: Any) -> None:
+        getattr(importlib.import_module(f"fastrl.kernels.{op}"), name)(*args)
+
+    return launch
+
+
+def launch_cuda(name: str, tensor: torch.Tensor, *args: Any) -> None:
+    """Calls `name` of csrc/cuda on the device of `tensor` and torch's current stream there; does not wait."""
+    function = getattr(cuda, name)
+    if tensor.device.type != "cuda":  # kernels compiled for the host, in tests
+        function(*args, 0)
+        return
+    with torch.cuda.device(tensor.device):
+        function(*args, torch.cuda.current_stream().cuda_stream)
 
 
 def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:

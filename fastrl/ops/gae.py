@@ -51,7 +51,7 @@ def gae(
     """
     _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value)
     dtype = compute_dtype(rewards, values, bootstrap_value)
-    backend = choose_for(OP, rewards.device.type, dtype, backend)
+    backend = choose_for(OP, rewards.device, dtype, backend)
     rewards, values = (t.detach().to(dtype).contiguous() for t in (rewards, values))
     bootstrap = None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous()
     lambdas = gae_lambda.detach().to(dtype).contiguous() if isinstance(gae_lambda, torch.Tensor) else None

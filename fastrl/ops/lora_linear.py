@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_device, check_float, check_shape
-from fastrl.ops.backend import _C, DTYPE_CODES, address, choose, native_op, team
+from fastrl.ops.backend import _C, DTYPE_CODES, address, choose, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import lora_linear as reference
 
 
@@ -53,8 +53,8 @@ def lora_linear(
         scaling: a finite number, PEFT's lora_alpha / r.
         bias: (O,), dtype of x.
         dropout: in [0, 1): the probability that D zeroes an element of x (the rest is divided by 1 - dropout). The mask
-            is never stored: Philox4x32-10 makes it again from one seed, drawn from torch's CPU generator on each call
-            (torch.manual_seed and torch.utils.checkpoint repeat it). Pass 0 in evaluation.
+            is never stored: Philox4x32-10 makes it again from one seed, drawn on each call from the generator of the
+            device (torch.manual_seed and torch.utils.checkpoint repeat it). Pass 0 in evaluation.
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
         (..., O) in the dtype of x.
@@ -106,9 +106,9 @@ def _run(op, x, layers, dropout, backend):
     for layer in layers:
         _check_layer(op, x, layer)
     backend = choose(op, x, backend)
-    seed = torch.randint(2**62, (1,)) if dropout > 0 else None
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference":
-        return reference.lora_linear_group(x, layers, dropout, None if seed is None else seed.to(x.device))
+        return reference.lora_linear_group(x, layers, dropout, seed)
     tensors: list[torch.Tensor | None] = []
     for weight, lora_a, lora_b, _, bias in layers:
         tensors += (weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias)
@@ -238,4 +238,15 @@ def _dropout_cpu(matrix, seed, dropout):
     )  # fmt: skip
 
 
-_dropout = native_op("lora_dropout", "Tensor(a!) matrix, Tensor seed, float dropout", {"cpu": _dropout_cpu})
+def _dropout_cuda(matrix, seed, dropout):
+    launch_cuda(
+        "lora_dropout", matrix, address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1],
+        address(seed), reference.dropout_threshold(dropout),
+    )  # fmt: skip
+
+
+_dropout = native_op(
+    "lora_dropout",
+    "Tensor(a!) matrix, Tensor seed, float dropout",
+    {"cpu": _dropout_cpu, "cuda": _dropout_cuda, "triton": triton_kernel("lora_linear", "dropout")},
+)

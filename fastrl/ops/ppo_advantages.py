@@ -101,7 +101,7 @@ def ppo_advantages(
     _check(logprobs, ref_logprobs, values, scores, mask)
     _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
-    backend = choose_for(OP, logprobs.device.type, dtype, backend)
+    backend = choose_for(OP, logprobs.device, dtype, backend)
     logprobs, ref_logprobs, values, scores = (
         t.detach().to(dtype).contiguous() for t in (logprobs, ref_logprobs, values, scores)
     )

@@ -89,7 +89,7 @@ def ppo_loss(
     _check_options(clip_coef, vf_clip_coef, vf_coef, ent_coef, entropy, dual_clip)
     _check_denominator(denominator, logprobs)
     dtype = compute_dtype(logprobs, values, old_logprobs, old_values, advantages, returns, entropy)
-    backend = choose_for(OP, logprobs.device.type, dtype, backend)
+    backend = choose_for(OP, logprobs.device, dtype, backend)
     if denominator is not None:
         denominator = torch.as_tensor(denominator, dtype=dtype, device=logprobs.device)
     logprobs, values = logprobs.to(dtype).contiguous(), values.to(dtype).contiguous()

@@ -61,7 +61,7 @@ def ranking_loss(
     """
     _check(scores, group_ids, ranks, margins, center_coef)
     dtype = compute_dtype(scores, margins)
-    backend = choose_for(OP, scores.device.type, dtype, backend)
+    backend = choose_for(OP, scores.device, dtype, backend)
     scores, margins = (
         scores.to(dtype).contiguous(),
         None if margins is None else margins.detach().to(dtype).contiguous(),

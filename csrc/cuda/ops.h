@@ -1,0 +1,17 @@
+// Table of contents: every host function of the CUDA kernels. Free of CUDA headers.
+//
+// Conventions as in ../ops.h; pointers are the device's, `stream` is a cudaStream_t, nothing waits
+// for the device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../rows.h"
+
+namespace fastrl::cuda {
+
+void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
+                  uint32_t threshold, void* stream);
+
+}  // namespace fastrl::cuda
