@@ -11,6 +11,10 @@
 
 namespace fastrl::cuda {
 
+void gae(const float* rewards, const float* values, const bool* mask, const bool* dones,
+         const float* lambdas, const float* bootstrap_value, int64_t rows, int64_t steps,
+         float gamma, float gae_lambda, float* advantages, float* returns, void* stream);
+
 void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
                   uint32_t threshold, void* stream);
 

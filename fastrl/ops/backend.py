@@ -40,7 +40,7 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("cpu",),
     "lora_linear": ("cpu", "cuda", "triton"),
     "lora_linear_group": ("cpu", "cuda", "triton"),
-    "gae": ("cpu",),
+    "gae": ("cpu", "cuda"),
     "ppo_advantages": ("cpu",),
     "ppo_loss": ("cpu",),
     "ranking_loss": ("cpu",),

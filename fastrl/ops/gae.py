@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_unit
-from fastrl.ops.backend import _C, address, choose_for, native_op, team
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
 from fastrl.reference import gae as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -95,9 +95,17 @@ def _gae_cpu(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_
     )  # fmt: skip
 
 
+def _gae_cuda(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_lambda, advantages, returns):
+    launch_cuda(
+        "gae", rewards, address(rewards), address(values), address(mask), address(dones), address(lambdas),
+        address(bootstrap_value), rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages),
+        address(returns),
+    )  # fmt: skip
+
+
 _gae = native_op(
     "gae",
     "Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? lambdas, Tensor? bootstrap_value, "
     "float gamma, float gae_lambda, Tensor(a!) advantages, Tensor(b!) returns",
-    {"cpu": _gae_cpu},
+    {"cpu": _gae_cpu, "cuda": _gae_cuda},
 )

@@ -233,8 +233,12 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return host_cuda::exchange(value, host_cuda::lane() + static_cast<int>(delta));
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
+  const unsigned char vote = predicate != 0;
+  host_cuda::warp().slots[host_cuda::lane()][0] = vote;
+  host_cuda::wait(host_cuda::warp().barrier);
   unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= (host_cuda::exchange(predicate, i) != 0 ? 1u : 0u) << i;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(host_cuda::warp().slots[i][0]) << i;
+  host_cuda::wait(host_cuda::warp().barrier);
   return bits;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
