@@ -1,6 +1,7 @@
 """Builds the native module fastrl._C with CMake and Ninja; everything else is in pyproject.toml.
 
 FASTRL_CUDA=auto|on|off chooses the CUDA part: auto builds it when nvcc is found, never by looking for a GPU.
+FASTRL_CUDA_ARCHITECTURES, in CMake's form ("90a-real", "80;90a"), builds for fewer or other GPUs than the default.
 """
 
 import os
@@ -55,6 +56,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if nvcc:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            if architectures := os.environ.get("FASTRL_CUDA_ARCHITECTURES"):
+                configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build_dir)], check=True)

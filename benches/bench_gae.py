@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.benches.harness import Case
+from fastrl.benches.harness import Case, ours
 from fastrl.ops import gae
 
 GAMMA, LAMBDA = 1.0, 0.95
+SHAPES = {"cpu": [(512, 1024), (64, 256)], "cuda": [(512, 2048), (8192, 4096), (64, 256)]}
 
 
 def cases(device: str, quick: bool = False) -> list[Case]:
-    shapes = [(64, 128)] if quick else [(512, 1024), (64, 256)]
+    shapes = [(64, 128)] if quick else SHAPES[device]
     return [case(*shape, ragged, device) for shape in shapes for ragged in (False, True)]
 
 
@@ -34,7 +35,7 @@ def case(rows: int, length: int, ragged: bool, device: str) -> Case:
             "torch loop": loop,  # line by line what trl.experimental.ppo does
             "torch loop, time first": loop_time_first,
             "fastrl reference": lambda i: run(i, "reference"),
-            f"fastrl {device}": lambda i: run(i, device),
+            **ours("gae", device, torch.float32, run),
         },
         bound="copy",
         bytes=rows * length * (16 + ragged),

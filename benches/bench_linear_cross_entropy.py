@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from fastrl.benches.harness import Case, compiled
+from fastrl.benches.harness import Case, compiled, optional, ours
 from fastrl.ops import linear_cross_entropy
 
+SHAPES = {"cpu": (1024, 576, 49152), "cuda": (8192, 4096, 128256)}
 FROZEN, TRAINED = ("hidden",), ("hidden", "weight")
 
 
 def cases(device: str, quick: bool = False) -> list[Case]:
-    shape = (128, 64, 8000) if quick else (1024, 576, 49152)
+    shape = (128, 64, 8000) if quick else SHAPES[device]
     return [case(*shape, torch.bfloat16, wrt, device, quick) for wrt in (FROZEN, TRAINED)]
 
 
@@ -37,7 +38,8 @@ def case(rows, hidden_size, vocab, dtype, wrt, device, quick) -> Case:
             "torch eager": eager,
             **(compiled(eager) if wrt == TRAINED and not quick else {}),
             **({"fastrl reference": lambda i: linear_cross_entropy(**i, backend="reference")} if quick else {}),
-            f"fastrl {device}": lambda i: linear_cross_entropy(**i, backend=device),
+            **(gpu_peers() if device == "cuda" else {}),
+            **ours("linear_cross_entropy", device, dtype, lambda i, name: linear_cross_entropy(**i, backend=name)),
         },
         floors={"bare GEMMs": lambda i: linear(i["hidden"], i["weight"])},
         flops=(1 + len(wrt)) * 2 * rows * hidden_size * vocab,
@@ -46,6 +48,19 @@ def case(rows, hidden_size, vocab, dtype, wrt, device, quick) -> Case:
 
 def eager(i):
     return cross_entropy(linear(i["hidden"], i["weight"]).float(), i["labels"])
+
+
+def gpu_peers():
+    def peer(function, i):
+        return function(i["hidden"], i["weight"], i["labels"])
+
+    functions = [
+        ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+        ("cut_cross_entropy", "linear_cross_entropy"),
+        ("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+        ("quack.linear_cross_entropy", "scaled_exp_linear_cross_entropy"),
+    ]
+    return {name: run for function in functions for name, run in optional(*function, peer).items()}
 
 
 def test_linear_cross_entropy(benchmark, run):

@@ -6,21 +6,23 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from fastrl.benches.harness import Case, compiled
+from fastrl.benches.harness import Case, compiled, optional, ours
 from fastrl.ops import linear_logprobs
 
-CHUNK = 256  # rows of the chunked peer
+CHUNK = {"cpu": 256, "cuda": 1024}  # rows of the chunked peer
+FULL = {"cpu": (2048, 576, 49152), "cuda": (8192, 4096, 128256)}
+SMALL = {"cpu": (256, 576, 49152, torch.float32), "cuda": (2048, 576, 49152, torch.bfloat16)}
 
 
 def cases(device: str, quick: bool = False) -> list[Case]:
     if quick:
         return [case(128, 64, 8000, torch.bfloat16, wrt, device, quick) for wrt in ((), ("hidden",))]
-    full = (2048, 576, 49152)
+    full = FULL[device]
     return [
         case(*full, torch.bfloat16, (), device, quick),
         case(*full, torch.bfloat16, ("hidden",), device, quick),
         case(*full, torch.bfloat16, ("hidden",), device, quick, masked=True),
-        case(256, 576, 49152, torch.float32, ("hidden",), device, quick),
+        case(*SMALL[device], ("hidden",), device, quick),
     ]
 
 
@@ -47,9 +49,14 @@ def case(rows, hidden_size, vocab, dtype, wrt, device, quick, masked=False) -> C
         providers={
             "torch eager": eager,
             **(compiled(eager) if dtype == torch.bfloat16 and not (quick or masked) else {}),
-            **({"torch chunked, checkpoint": chunked} if wrt and dtype == torch.bfloat16 and not masked else {}),
+            **(
+                {"torch chunked, checkpoint": lambda i: chunked(i, CHUNK[device])}
+                if wrt and dtype == torch.bfloat16 and not masked
+                else {}
+            ),
             **({"fastrl reference": lambda i: linear_logprobs(**i, backend="reference")} if quick else {}),
-            f"fastrl {device}": lambda i: linear_logprobs(**i, backend=device),
+            **(gpu_peers() if device == "cuda" and not masked else {}),
+            **ours("linear_logprobs", device, dtype, lambda i, backend: linear_logprobs(**i, backend=backend)),
         },
         floors={} if masked else {"bare GEMMs": lambda i: linear(i["hidden"], i["weight"])},
         flops=int(products * 2 * rows * hidden_size * vocab),
@@ -68,10 +75,21 @@ def logprobs(hidden, weight, token_ids):
     return linear(hidden, weight).float().log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]
 
 
-def chunked(i):
+def chunked(i, size):
     """The lean way in plain torch: chunks of rows, each recomputed in backward."""
-    parts = zip(i["hidden"].split(CHUNK), i["token_ids"].split(CHUNK), strict=True)
+    parts = zip(i["hidden"].split(size), i["token_ids"].split(size), strict=True)
     return kept(i, torch.cat([checkpoint(logprobs, h, i["weight"], ids, use_reentrant=False) for h, ids in parts]))
+
+
+def gpu_peers():
+    def cce(linear_cross_entropy, i):
+        return -linear_cross_entropy(i["hidden"], i["weight"], i["token_ids"], reduction="none")
+
+    def scaled(function, i):
+        return -function.apply(i["hidden"], i["weight"], i["token_ids"])
+
+    liger = optional("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction", scaled)
+    return {**liger, **optional("cut_cross_entropy", "linear_cross_entropy", cce)}
 
 
 def test_linear_logprobs(benchmark, run):

@@ -8,19 +8,23 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from fastrl.benches.harness import Case, compiled
+from fastrl.benches.harness import Case, compiled, ours
 from fastrl.ops import lora_linear, lora_linear_group
 
 RANK, SCALING = 16, 2.0
+LAYER = {"cpu": (2048, 576, (1536,)), "cuda": (8192, 4096, (4096,))}
+SIBLINGS = {"cpu": (2048, 576, (576, 192, 192)), "cuda": (8192, 4096, (4096, 1024, 1024))}  # query, key, value
+SMALL = {"cpu": [], "cuda": [(64, 4096, (4096,)), (2048, 576, (1536,))]}
 
 
 def cases(device: str, quick: bool = False) -> list[Case]:
     if quick:
         return [case(128, 64, (96,), wrt, device, quick) for wrt in ((), ("x",))]
     return [
-        case(2048, 576, (1536,), (), device, quick),
-        case(2048, 576, (1536,), ("x",), device, quick),
-        case(2048, 576, (576, 192, 192), ("x",), device, quick),  # query, key, value
+        case(*LAYER[device], (), device, quick),
+        case(*LAYER[device], ("x",), device, quick),
+        case(*SIBLINGS[device], ("x",), device, quick),
+        *(case(*shape, ("x",), device, quick) for shape in SMALL[device]),
     ]
 
 
@@ -58,7 +62,7 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
             **({} if quick else compiled(eager)),
             **({"peft lora.Linear": peft_layers(k, outs, device)} if find_spec("peft") else {}),
             "fastrl reference": lambda i: fused(i, numbers, "reference"),
-            f"fastrl {device}": lambda i: fused(i, numbers, device),
+            **ours("lora_linear", device, dtype, lambda i, backend: fused(i, numbers, backend)),
         },
         floors={"bare GEMMs": lambda i: tuple(linear(i["x"], i[f"weight{n}"]) for n in numbers)},
         flops=2 * products,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from fastrl.benches import bench_gae
-from fastrl.benches.harness import Case
+from fastrl.benches.harness import Case, ours
 from fastrl.ops import ppo_advantages
 
 KL_COEF = 0.05
+SHAPES = {"cpu": [(512, 1024), (64, 256)], "cuda": [(512, 2048), (8192, 4096), (64, 256)]}
 
 
 def cases(device: str, quick: bool = False) -> list[Case]:
-    shapes = [(64, 128)] if quick else [(512, 1024), (64, 256)]
+    shapes = [(64, 128)] if quick else SHAPES[device]
     return [case(*shape, device) for shape in shapes]
 
 
@@ -37,7 +38,7 @@ def case(rows: int, length: int, device: str) -> Case:
         providers={
             "trl chain (restated)": chain,
             "fastrl reference": lambda i: run(i, "reference"),
-            f"fastrl {device}": lambda i: run(i, device),
+            **ours("ppo_advantages", device, torch.float32, run),
         },
         bound="copy",
         bytes=rows * length * 29,  # reads 3 floats and a mask, writes 4 floats

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.benches.harness import Case, compiled
+from fastrl.benches.harness import Case, compiled, ours
 from fastrl.ops import ppo_loss
 
 CLIP, VF_CLIP, VF_COEF = 0.2, 0.2, 0.1
+SHAPES = {"cpu": [(512, 1024), (64, 256)], "cuda": [(512, 2048), (8192, 2048), (64, 256)]}
 
 
 def cases(device: str, quick: bool = False) -> list[Case]:
-    shapes = [(64, 128)] if quick else [(512, 1024), (64, 256)]
+    shapes = [(64, 128)] if quick else SHAPES[device]
     return [case(*shape, device, quick) for shape in shapes]
 
 
@@ -41,7 +42,7 @@ def case(rows: int, length: int, device: str, quick: bool) -> Case:
             "trl chain (restated)": with_statistics,
             **({} if quick else compiled(with_statistics)),
             "fastrl reference": lambda i: run(i, "reference"),
-            f"fastrl {device}": lambda i: run(i, device),
+            **ours("ppo_loss", device, torch.float32, run),
         },
         bound="copy",
         bytes=rows * length * 33,  # reads 6 floats and a mask, writes 2 gradients

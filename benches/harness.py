@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from fastrl.benches.machine import cache_bytes, short, synchronize
+from fastrl.benches.machine import cache_bytes, seconds_of, short
+from fastrl.ops import backend
 
 Inputs = dict[str, Any]
 Provider = Callable[[Inputs], "torch.Tensor | tuple[torch.Tensor, ...]"]
@@ -94,9 +95,22 @@ def optional(module: str, name: str, provider: Callable[[Any, Inputs], Any]) -> 
     """The provider `provider(module.name, inputs)`, called after the library, where that library is installed."""
     try:
         function = getattr(importlib.import_module(module), name)
-    except ImportError:
+    except Exception:  # noqa: BLE001  absent, of another version, or broken: no peer
         return {}
     return {f"{module.split('.')[0]} {name}": functools.partial(provider, function)}
+
+
+def ours(op: str, device: str, dtype: torch.dtype, run: Callable[[Inputs, str], Any]) -> dict[str, Provider]:
+    """`run(inputs, backend)` on every native backend that this machine has for `op`."""
+    return {
+        f"fastrl {name}": functools.partial(_on_backend, run, name)
+        for name in backend.NATIVE_BACKENDS[op]
+        if not backend.why_not(name, op, torch.device(device), dtype)
+    }
+
+
+def _on_backend(run: Callable[[Inputs, str], Any], name: str, inputs: Inputs) -> Any:
+    return run(inputs, name)
 
 
 def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) -> list[dict[str, str]]:
@@ -106,11 +120,12 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
     passed = {name: case.providers[name] for name, (problem, *_) in errors.items() if not problem}
     inputs = rotation(case, device)
     runs = {name: Run(provider, case.wrt, inputs) for name, provider in {**passed, **case.floors}.items()}
-    times = time_in_turn(runs, device, budget)
+    times, failures = time_in_turn(runs, device, budget)
     baseline = next(iter(case.providers))
     rows = []
     for name in [*case.providers, *case.floors]:
         problem, error, grad_error = errors.get(name, ("", math.nan, math.nan))
+        problem = problem or failures.get(name, "")
         row = {
             "op": case.op,
             "shape": case.shape,
@@ -170,7 +185,8 @@ def rotation(case: Case, device: str, copies: int | None = None) -> Iterator[Inp
 
 def inputs_of(case: Case, rows: int, device: str) -> Inputs:
     torch.manual_seed(0)
-    return with_leaves({k: to_device(v, device) for k, v in case.make(rows).items()}, case.wrt)
+    with torch.device(device):
+        return with_leaves(case.make(rows), case.wrt)
 
 
 def copy_of(inputs: Inputs) -> Inputs:
@@ -182,10 +198,6 @@ def with_leaves(inputs: Inputs, wrt: Iterable[str]) -> Inputs:
     for name in wrt:
         inputs[name].requires_grad_()
     return inputs
-
-
-def to_device(value: Any, device: str) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
@@ -206,13 +218,18 @@ def check(case: Case, provider: Provider, device: str) -> tuple[str, float, floa
     try:
         got, got_grads = results_and_grads(case, provider, device, double=False)
     except Exception as failure:  # noqa: BLE001  a provider that breaks is a row that says so
-        return f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}", math.nan, math.nan
+        return describe(failure), math.nan, math.nan
     want, want_grads = results_and_grads(case, case.truth, device, double=True)
     error = max(relative_error(g, w) for g, w in zip(got, want, strict=True))
     grad_error = max((relative_error(g, w) for g, w in zip(got_grads, want_grads, strict=True)), default=math.nan)
     worst = error if math.isnan(grad_error) and not got_grads else max(error, grad_error)
     problem = "" if worst <= TOLERANCE[case.dtype] else f"wrong: error {worst:.1e} > {TOLERANCE[case.dtype]:.0e}"
     return problem, error, grad_error
+
+
+def describe(failure: Exception) -> str:
+    first_line = (str(failure).splitlines() or [""])[0]
+    return f"failed: {type(failure).__name__}: {first_line[:120]}"
 
 
 def results_and_grads(case: Case, provider: Provider, device: str, double: bool):
@@ -240,9 +257,18 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return math.inf if difference.isnan() else float(difference)
 
 
-def time_in_turn(runs: dict[str, Run], device: str, budget: Budget) -> dict[str, list[float]]:
-    """Seconds per call of each run. Providers take turns, so that a slow spell of the machine hits all of them."""
-    repeats = {name: warm_up(run, device, budget.warmup) for name, run in runs.items()}
+def time_in_turn(runs: dict[str, Run], device: str, budget: Budget) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per call of each run, and what is wrong with those that fail at full size (out of memory, say).
+
+    Providers take turns, so that a slow spell of the machine hits all of them.
+    """
+    repeats, failures = {}, {}
+    for name, run in runs.items():
+        try:
+            repeats[name] = warm_up(run, device, budget.warmup)
+        except Exception as failure:  # noqa: BLE001
+            failures[name] = describe(failure)
+    runs = {name: runs[name] for name in repeats}
     times: dict[str, list[float]] = {name: [] for name in runs}
     share = budget.seconds / max(len(runs), 1)
     for done in range(budget.max_rounds):
@@ -251,8 +277,8 @@ def time_in_turn(runs: dict[str, Run], device: str, budget: Budget) -> dict[str,
         if not due:
             break
         for name in due:
-            times[name].append(seconds_per_call(runs[name], repeats[name], device))
-    return times
+            times[name].append(seconds_of(runs[name], repeats[name], device))
+    return times, failures
 
 
 def warm_up(run: Run, device: str, seconds: float) -> int:
@@ -260,18 +286,9 @@ def warm_up(run: Run, device: str, seconds: float) -> int:
     run()
     once, end = math.inf, time.perf_counter() + seconds
     while True:
-        once = min(once, seconds_per_call(run, 1, device))
+        once = min(once, seconds_of(run, 1, device))
         if time.perf_counter() > end:
             return max(1, min(1000, round(5e-4 / once)))
-
-
-def seconds_per_call(run: Run, repeats: int, device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:

@@ -14,14 +14,9 @@ from pathlib import Path
 import torch
 
 import fastrl
-from fastrl.ops.backend import _C
+from fastrl.ops.backend import _C, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
 
 
 def cache_bytes(device: str) -> int:
@@ -51,11 +46,21 @@ def environment(device: str) -> dict[str, str]:
         "fastrl": fastrl.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "cuda": cuda_versions() if device != "cpu" else "",
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": "yes" if _git("status", "--porcelain", "--untracked-files=no") else "no",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def cuda_versions() -> str:
+    """CUDA of torch, of the native module and of the driver."""
+    versions = {"torch": torch.version.cuda}
+    if cuda is not None:
+        for name, number in (("fastrl", _C.cuda_runtime_version()), ("driver", _C.cuda_driver_version())):
+            versions[name] = f"{number // 1000}.{number % 1000 // 10}"
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _version(package: str) -> str:
@@ -79,9 +84,11 @@ def ceilings(device: str, dtypes: set[torch.dtype], seconds: float) -> dict[str,
     """Best measured rates: `read` and `copy` in GB/s, `gemm <dtype>` in GFLOP/s.
 
     read: a sum over an array of twice the last-level cache or more; copy: bytes read plus bytes written by `copy_`;
-    gemm: a square product of 2048.
+    gemm: a square product of 2048 (GPU: 8192) of random numbers.
     """
-    words = max(2 * cache_bytes(device), 256 << 20) // 8
+    gpu = device != "cpu"
+    words = max(2 * cache_bytes(device), (1 << 30) if gpu else (256 << 20)) // 8
+    size = 8192 if gpu else 2048
     source = torch.ones(words, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     rates = {
@@ -89,10 +96,10 @@ def ceilings(device: str, dtypes: set[torch.dtype], seconds: float) -> dict[str,
         "copy": words * 16 / best_seconds(partial(target.copy_, source), seconds, device) / 1e9,
     }
     for dtype in sorted(dtypes, key=str):
-        a = torch.randn(2048, 2048, device=device).to(dtype)
-        b = torch.randn(2048, 2048, device=device).to(dtype)
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        rates[f"gemm {short(dtype)}"] = 2 * 2048**3 / best_seconds(product, seconds, device) / 1e9
+        rates[f"gemm {short(dtype)}"] = 2 * size**3 / best_seconds(product, seconds, device) / 1e9
     return rates
 
 
@@ -102,12 +109,25 @@ def best_seconds(call: Callable[[], object], seconds: float, device: str) -> flo
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(call, 1, device))
     return min(times)
+
+
+def seconds_of(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds per call of so many in a row; on a GPU between two events of its stream."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
 
 
 def short(dtype: torch.dtype) -> str:

@@ -208,6 +208,8 @@ PYBIND11_MODULE(_C, m) {
         "Version of the linked cudart, 13000 = 13.0.");
   m.def("cuda_driver_version", &cuda::driver_version, "Version of the driver; 0 if there is none.");
   m.def("cuda_device_count", &cuda::device_count, "Number of CUDA devices; 0 without a driver.");
+  m.def("cuda_probe", &cuda::probe, py::call_guard<py::gil_scoped_release>(),
+        "Runs an empty kernel on the current device; CUDA's words on it, 'no error' if it ran.");
   auto submodule = m.def_submodule("cuda", "The CUDA kernels: device addresses and a stream.");
   cuda::bind(submodule);
 #else

@@ -15,7 +15,8 @@ OPS = (
 )  # fmt: skip
 DESCRIPTION = """
 Checks each op against float64, then times it beside plain torch, torch.compile and the peers that are installed
-(TRL, PEFT), provider by provider in turn. Prints a table and writes bench.csv and bench.png.
+(TRL, PEFT; on a GPU also Liger, cut-cross-entropy and quack), provider by provider in turn. Prints a table and writes
+bench.csv and bench.png.
 Medians with the 20th and 80th percentile; % of ceiling refers to the bandwidth and matrix product rates measured in
 the same run; extra MiB is the peak memory of a call beyond its inputs.
 """
@@ -25,7 +26,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastrl bench", description=DESCRIPTION)
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute for all ops")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="default: what torch takes, one per core")
     parser.add_argument("--isa", choices=("avx512", "avx2", "baseline"), help="force fastrl's kernels to one level")
     parser.add_argument("--output", type=Path, default=Path("fastrl-bench"), help="folder of bench.csv and bench.png")
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = args.csv or args.output / "bench.csv"
     rows = []
     for case_rows in measure(args):  # kept case by case: an interrupted run loses one case
@@ -72,7 +74,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
     cases = harness.cases(args.op, args.device, args.quick)
     if args.isa:
         cases = [for_isa(case) for case in cases if case.bound != "gemm"]
-    say(f"{machine.device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    threads = f"{torch.get_num_threads()} threads, " if args.device == "cpu" else ""
+    say(f"{machine.device_name(args.device)}, {threads}torch {torch.__version__}")
     rates = machine.ceilings(args.device, {case.dtype for case in cases}, seconds=0.1 if args.quick else 0.5)
     say("measured ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " (GB/s, GFLOP/s)")
     environment = machine.environment(args.device)

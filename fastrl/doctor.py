@@ -88,22 +88,60 @@ def openmp_runtimes() -> list[str]:
 
 
 def cuda() -> list[tuple[str, str]]:
-    """CUDA as torch sees it, and whether the native module carries CUDA kernels."""
+    """CUDA as torch sees it, the CUDA part of the native module, and whether its kernels run."""
     import torch
 
     from fastrl.ops import backend
 
     if torch.version.cuda is None:
-        seen = "this torch is built without CUDA"
+        rows = [("CUDA", "this torch is built without CUDA")]
     elif not torch.cuda.is_available():
-        seen = f"torch is built for CUDA {torch.version.cuda}, but sees no device"
+        rows = [("CUDA", f"torch is built for CUDA {torch.version.cuda}, but sees no device")]
     else:
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        seen = f"{torch.cuda.get_device_name()} (sm {capability}), CUDA {torch.version.cuda}"
-    rows = [("CUDA", seen)]
-    if backend._C is not None:
-        rows.append(("native CUDA part", "built" if backend._C.has_cuda else "not built (no nvcc, or FASTRL_CUDA=off)"))
-    return rows
+        rows = [("CUDA", f"torch is built for CUDA {torch.version.cuda}")]
+        rows += [(f"GPU {n}", _gpu(n)) for n in range(torch.cuda.device_count())]
+    if backend._C is None:
+        return rows
+    if backend.cuda is None:
+        return [*rows, ("native CUDA part", "not built (no nvcc, or FASTRL_CUDA=off)")]
+    return [*rows, ("native CUDA part", f"built with CUDA {_dotted(backend._C.cuda_runtime_version())}"), *_driver()]
+
+
+def _gpu(number: int) -> str:
+    """Name, memory and compute capability of a device; whether the kernels support it."""
+    import torch
+
+    from fastrl.ops.backend import OLDEST_GPU
+
+    properties = torch.cuda.get_device_properties(number)
+    capability = (properties.major, properties.minor)
+    text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {_numbers(capability)}"
+    return text if capability >= OLDEST_GPU else f"{text}: too old, the kernels need {_numbers(OLDEST_GPU)}"
+
+
+def _driver() -> list[tuple[str, str]]:
+    """The driver as the native module sees it, and what a first kernel says."""
+    from fastrl.ops import backend
+
+    native = backend._C
+    if native.cuda_driver_version() == 0:
+        return [("driver", "none found; the CUDA kernels need one")]
+    rows = [("driver", f"supports CUDA up to {_dotted(native.cuda_driver_version())}")]
+    if backend.driver_problem():
+        return [*rows, ("", f"too old: {backend.driver_problem()}")]
+    if native.cuda_device_count() == 0:
+        return [*rows, ("", "sees no device (CUDA_VISIBLE_DEVICES?)")]
+    outcome = native.cuda_probe()
+    return [*rows, ("first kernel", "runs" if outcome == "no error" else f"fails: {outcome}")]
+
+
+def _dotted(version: int) -> str:
+    """13.0 for CUDA's 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _numbers(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def backends(device: str, dtype: str) -> str:

@@ -10,11 +10,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+OWN_JOBS = ("sanitize", "ptxas")  # marks of tests that compile much
+
+
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `sanitize` build their own module, so they run only where `-m` asks for them."""
-    if "sanitize" in config.getoption("-m"):
-        return
-    skip = pytest.mark.skip(reason="run with -m sanitize")
-    for item in items:
-        if item.get_closest_marker("sanitize"):
-            item.add_marker(skip)
+    """Tests with such a mark run only where `-m` asks for it."""
+    for mark in OWN_JOBS:
+        if mark in config.getoption("-m"):
+            continue
+        skip = pytest.mark.skip(reason=f"run with -m {mark}")
+        for item in items:
+            if item.get_closest_marker(mark):
+                item.add_marker(skip)

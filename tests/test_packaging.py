@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -13,11 +12,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import stub
 
 from fastrl.ops import backend
 
 ROOT = Path(__file__).parent.parent
 OPS = list(backend.NATIVE_BACKENDS)
+HAS_NVCC = any(shutil.which(path) for path in ("nvcc", "/usr/local/cuda/bin/nvcc"))
+CUDA_BUILD = {"FASTRL_CUDA": "on" if HAS_NVCC else "off", "FASTRL_CUDA_ARCHITECTURES": "80-real"}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(*command, env=None, cwd=None, check=True):
@@ -44,13 +47,13 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source_tree):
-    """A wheel made from an sdist, as a packager would."""
+    """A wheel made from an sdist, as a packager would; with the CUDA kernels, for one GPU, where there is nvcc."""
     build = [sys.executable, "-m", "build", "--no-isolation"]
     run(*build, "--sdist", "-o", "dist", cwd=source_tree)
     (sdist,) = (source_tree / "dist").glob("*.tar.gz")
     shutil.unpack_archive(sdist, source_tree / "unpacked")
     (unpacked,) = (source_tree / "unpacked").iterdir()
-    run(*build, "--wheel", "-o", source_tree / "dist", cwd=unpacked, env={"FASTRL_CUDA": "off"})
+    run(*build, "--wheel", "-o", source_tree / "dist", cwd=unpacked, env=CUDA_BUILD)
     (wheel,) = (source_tree / "dist").glob("*.whl")
     return wheel
 
@@ -78,12 +81,16 @@ def test_wheel_works_in_a_clean_environment_outside_the_checkout(wheel, tmp_path
         "from fastrl.ops import token_logprobs\n"
         "x = token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3]), backend='cpu')\n"
         "assert torch.allclose(x.exp(), torch.tensor(0.25)), x\n"
+        f"assert fastrl._C.has_cuda is {HAS_NVCC}\n"
+        "if fastrl._C.has_cuda: print('a launch:', fastrl._C.cuda_probe())\n"
         "print(fastrl.__file__, fastrl.__version__)"
     )
-    _, output = run(clean, "-c", code, cwd=tmp_path)
+    _, output = run(clean, "-c", code, cwd=tmp_path, env=NO_GPU)
     assert str(tmp_path) in output
-    _, doctor = run(tmp_path / "venv/bin/fastrl", "doctor", cwd=tmp_path)
+    assert not HAS_NVCC or re.search("a launch: .*(driver|device)", output), output
+    _, doctor = run(tmp_path / "venv/bin/fastrl", "doctor", cwd=tmp_path, env=NO_GPU)
     assert "token_logprobs" in doctor
+    assert not HAS_NVCC or re.search(r"native CUDA part +built with CUDA \d+\.\d", doctor), doctor
 
 
 BLOCK = """
@@ -178,17 +185,10 @@ def test_build_failures_are_clear(source_tree, tmp_path):
 
 
 def test_stub_matches_the_module():
-    """fastrl/_C.pyi names the module's functions and their arguments, in order."""
+    """fastrl/_C.pyi names the module's functions and their arguments, in order; tests/gpu looks at `cuda`."""
     import fastrl._C as native
 
-    stub = ast.parse((ROOT / "fastrl/_C.pyi").read_text())
-    declared = {f.name: [a.arg for a in f.args.args] for f in stub.body if isinstance(f, ast.FunctionDef)}
-    found = {}
-    for name, value in vars(native).items():
-        if callable(value) and not name.startswith("_"):
-            signature = value.__doc__.splitlines()[0]
-            found[name] = re.findall(r"[(,] ?(\w+):", signature)
-            assert len(value.__doc__.strip().splitlines()) > 1, f"{name} has no docstring"
+    declared, found = stub.declared(), stub.found(native)
     if not native.has_cuda:
         declared = {name: args for name, args in declared.items() if not name.startswith("cuda_")}
     assert found == declared

@@ -7,7 +7,7 @@
 namespace fastrl::cuda {
 namespace {
 
-__global__ void probe_kernel(int* out) { *out = 1; }
+__global__ void probe_kernel() {}
 
 }  // namespace
 
@@ -27,9 +27,10 @@ int device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-const char* probe(void* stream, int* out) {
-  probe_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(out);
-  return cudaGetErrorString(cudaGetLastError());
+const char* probe() {
+  probe_kernel<<<1, 1>>>();
+  const cudaError_t launched = cudaGetLastError();
+  return cudaGetErrorString(launched == cudaSuccess ? cudaDeviceSynchronize() : launched);
 }
 
 }  // namespace fastrl::cuda

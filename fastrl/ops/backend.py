@@ -7,6 +7,7 @@ A request that cannot be met raises and lists what can; nothing falls back silen
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -67,6 +68,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     if device.type == "cuda" and compute_capability(device.index) < OLDEST_GPU:
         major, minor = compute_capability(device.index)
         return f"the GPU has compute capability {major}.{minor}; the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    if backend == "cuda" and device.type == "cuda" and driver_problem():
+        return driver_problem()
     if dtype not in DTYPE_CODES:
         return f"dtype {dtype} (native kernels take float32, bfloat16, float16)"
     return ""
@@ -75,6 +78,24 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 @torch.compiler.assume_constant_result
 def compute_capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
+def driver_problem() -> str:
+    """Why the driver cannot run the CUDA kernels; empty if it can. `cuda` must be there."""
+    return _driver_problem()
+
+
+@functools.cache
+def _driver_problem() -> str:
+    driver, runtime = _C.cuda_driver_version(), _C.cuda_runtime_version()
+    if driver // 1000 >= runtime // 1000:  # within a major version any driver will do
+        return ""
+    offers, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    return (
+        f"the driver supports CUDA up to {offers}, the kernels were built with CUDA {needs}; "
+        f"update the driver, or build fastrl with nvcc {offers} or older"
+    )
 
 
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:

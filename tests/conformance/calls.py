@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.ops.backend import NATIVE_BACKENDS
+from fastrl.ops.backend import DEVICES, NATIVE_BACKENDS
 
 Tensors = dict[str, Tensor]
 
@@ -48,9 +48,20 @@ def flatten(outputs: object) -> list[Tensor]:
 
 
 def all_calls(
-    batch: int = 3, tokens: int = 5, vocab: int = 37, width: int = 24, dtype: torch.dtype = torch.float32
+    batch: int = 3,
+    tokens: int = 5,
+    vocab: int = 37,
+    width: int = 24,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backends: tuple[str, ...] | None = None,
 ) -> list[Call]:
-    """Every op on every backend that it has. The mask drops slots inside rows and the whole of row 1."""
+    """Every op on each of `backends` that it has; by default those for tensors on `device`, `reference` included.
+
+    The mask drops slots inside rows and the whole of row 1.
+    """
+    if backends is None:
+        backends = ("reference", *(name for name, devices in DEVICES.items() if torch.device(device).type in devices))
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -141,10 +152,15 @@ def all_calls(
         ("ranking_loss", groups, with_options(ops.ranking_loss, center_coef=0.1), ("scores",), (), (), True),
     ]  # fmt: skip
     return [
-        Call(name, backend, *fields[:-1], exact=fields[-1] and backend != "reference")
-        for name, *fields in table
+        Call(name, backend, moved(tensors, device), *fields, exact=exact and backend != "reference")
+        for name, tensors, *fields, exact in table
         for backend in ("reference", *NATIVE_BACKENDS[name.split(",")[0]])
+        if backend in backends
     ]
+
+
+def moved(tensors: Tensors, device: torch.device | str) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def with_options(op: Callable[..., object], **options: object) -> Callable[..., object]:

@@ -1,0 +1,98 @@
+"""Requests that a GPU backend cannot meet say why, and what can be done. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conformance.calls import Call, all_calls, evaluate, label
+from gpus import HAS_GPU
+
+from fastrl.ops import backend
+
+REFERENCE = all_calls(backends=("reference",))
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with a GPU as far as dispatch can see: native kernels and a driver for them."""
+    native = SimpleNamespace(cuda_driver_version=lambda: 13000, cuda_runtime_version=lambda: 13000)
+    monkeypatch.setattr(backend, "cuda", object())
+    monkeypatch.setattr(backend, "_C", native)
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    backend._driver_problem.cache_clear()
+    yield native
+    backend._driver_problem.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("call", REFERENCE, ids=label)
+def test_cpu_tensors_on_a_gpu_backend(call: Call, name, monkeypatch):
+    monkeypatch.setattr(backend, "cuda", object())
+    with pytest.raises(ValueError, match=rf"backend='{name}' is not possible: .*; possible here: reference") as caught:
+        evaluate(call._replace(backend=name))
+    op = call.name.split(",")[0]
+    if name in backend.NATIVE_BACKENDS[op]:
+        assert "tensors are on cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize("call", REFERENCE, ids=label)
+def test_tensors_on_different_devices(call: Call):
+    """Each argument in turn lies elsewhere; the message names one of the two devices as expected."""
+    first, *others = (name for name in call.tensors if not name.startswith("upstream"))
+    for name in others:
+        tensors = {**call.tensors, name: call.tensors[name].to("meta")}
+        with pytest.raises(ValueError, match="expected a tensor on cpu, got meta"):
+            evaluate(call._replace(leaves=()), tensors)
+
+
+def test_an_old_gpu_is_named(hopper, monkeypatch):
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (7, 5))
+    reason = "the GPU has compute capability 7.5; the kernels need 8.0"
+    assert backend.why_not("cuda", "lora_linear", GPU, torch.float32) == reason
+    assert backend.choose_for("lora_linear", GPU, torch.float32) == "reference"
+    with pytest.raises(ValueError, match=rf"{reason}; possible here: reference$"):
+        backend.choose_for("lora_linear", GPU, torch.float32, "cuda")
+
+
+def test_a_module_without_cuda_is_named(hopper, monkeypatch):
+    monkeypatch.setattr(backend, "cuda", None)
+    assert "built without CUDA" in backend.why_not("cuda", "lora_linear", GPU, torch.float32)
+
+
+def test_an_old_driver_is_named(hopper):
+    assert backend.why_not("cuda", "lora_linear", GPU, torch.float32) == ""
+    hopper.cuda_driver_version = lambda: 12080
+    backend._driver_problem.cache_clear()
+    reason = backend.why_not("cuda", "lora_linear", GPU, torch.float32)
+    assert reason.startswith("the driver supports CUDA up to 12.8, the kernels were built with CUDA 13.0;")
+    assert "update the driver" in reason
+
+
+def test_float64_goes_to_the_reference(hopper):
+    assert backend.choose_for("lora_linear", GPU, torch.float64) == "reference"
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the device guard is mocked")
+def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch):
+    """T29: the tensor's device, whichever is current; torch's current stream there."""
+    current = [0]
+
+    class Guard:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=100 + current[-1]))
+    monkeypatch.setattr(backend, "cuda", SimpleNamespace(kernel=lambda *args: seen.append((current[-1], args))))
+    backend.launch_cuda("kernel", SimpleNamespace(device=torch.device("cuda:1")), 5)
+    assert seen == [(1, (5, 101))] and current == [0]
