@@ -8,6 +8,22 @@ class cuda:
     """The submodule of the CUDA kernels; absent from a module that was built without CUDA."""
 
     @staticmethod
+    def gae(
+        rewards: int,
+        values: int,
+        mask: int,
+        dones: int,
+        lambdas: int,
+        bootstrap_value: int,
+        rows: int,
+        steps: int,
+        gamma: float,
+        gae_lambda: float,
+        advantages: int,
+        returns: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
     def lora_dropout(matrix: int, dtype: int, rows: int, cols: int, seed: int, threshold: int, stream: int) -> None: ...
 
 def cpu_isa() -> str: ...
