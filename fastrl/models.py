@@ -195,13 +195,23 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed."""
+    """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed.
+
+    Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
+    their hidden states are moved back. What a position that is not kept returns is unspecified.
+    """
     backbone = base_model(model).get_decoder()
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-    accepted = inspect.signature(backbone.forward).parameters
-    if "position_ids" in accepted:
-        inputs["position_ids"] = position_ids(attention_mask)
-    return backbone(**inputs, use_cache=False).last_hidden_state
+    lengths = attention_mask.sum(-1)
+    width = max(int(lengths.max()), 1)
+    columns = torch.arange(width, device=input_ids.device)
+    kept_first = attention_mask.logical_not().long().argsort(dim=-1, stable=True)[:, :width]
+    compact = torch.where(columns < lengths[:, None], input_ids.gather(1, kept_first), 0)  # (B, W)
+    inputs = {"input_ids": compact}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = columns.expand_as(compact)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, places)
 
 
 def lm_head(model: nn.Module) -> Head:

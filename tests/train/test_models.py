@@ -72,6 +72,22 @@ def test_response_logprobs_do_not_see_left_padding(tiny_policy, padding, poison)
     torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [[2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6], [0, 1, 4, 5, 6, 8, 9]])
+def test_hidden_states_do_not_see_padding_on_any_side(tiny_policy, columns):
+    """Padding is taken out before the backbone and put back after it: same bits, gradients included."""
+    model = load_policy(tiny_policy)
+    tokens, width = torch.tensor(PROMPT + RESPONSE), 10
+    ids, mask = torch.full((1, width), 200), torch.zeros(1, width).bool()
+    ids[0, columns], mask[0, columns] = tokens, True
+    weight = model.get_decoder().layers[0].mlp.up_proj.weight
+    results = []
+    for arguments in ((ids, mask), (tokens[None], torch.ones(1, len(tokens)).bool())):
+        hidden = final_hidden(model, *arguments)[arguments[1]]
+        results.append((hidden, *torch.autograd.grad(hidden.square().sum(), weight)))
+    for padded_result, plain in zip(*results, strict=True):
+        assert torch.equal(padded_result, plain)
+
+
 def test_response_logprobs_mask_and_entropy(tiny_policy):
     model = load_policy(tiny_policy)
     ids, mask = padded([PROMPT + RESPONSE], "left", 10)
