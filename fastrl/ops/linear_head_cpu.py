@@ -22,6 +22,7 @@ from fastrl.reference.token_logprobs import check_range
 CHUNK_ROWS = 512
 BLOCK_BYTES = 4 << 20
 # Logits of a chunk of rows that are kept where they form the gradients of a trained head without being computed again.
+# Where all rows fit into this, or into what a sum over chunks would take, there is one chunk and no such sum.
 KEPT_BYTES = 32 << 20
 
 
@@ -80,16 +81,11 @@ def forward(
         for output in outputs:
             if output is not None:
                 output.zero_()
-    first = 0 if dweight is not None else hidden.shape[1]
-    total = None
-    if upstream is not None:
-        in_place = dweight is not None and dweight.dtype == torch.float32 and dweight.shape[1] == x.shape[1]
-        total = dweight.zero_() if in_place else x.new_zeros(len(weight), x.shape[1] - first, dtype=torch.float32)
-    kept_rows = max(64, KEPT_BYTES // (len(weight) * x.element_size()))
-    for begin, end in _spans(len(x), CHUNK_ROWS if total is None else min(CHUNK_ROWS, kept_rows)):
+    parameters = ParameterGradient(dweight, dbias, dlora_b, hidden.shape[1], x) if upstream is not None else None
+    for begin, end in _spans(len(x), CHUNK_ROWS if parameters is None else parameters.chunk_rows):
         results = _forward_chunk(
             x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, direction is not None,
-            upstream, total,
+            upstream, parameters,
         )  # fmt: skip
         for output, result in zip(outputs, results, strict=True):
             if output is None:
@@ -101,13 +97,13 @@ def forward(
             else:
                 output[kept[begin:end]] = result.to(output.dtype)
         del results, result  # before the next chunk allocates its own
-    if total is not None and total is not dweight:
-        _split(total, hidden.shape[1], first, dweight, dbias, dlora_b)
+    if parameters is not None:
+        parameters.finish(empty=len(x) == 0)
 
 
-def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction, upstream, total):
+def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction, upstream, parameters):
     """log-probs, statistics, entropy and fp32 directions (n, K) of a chunk of rows; adds to the parameters' gradient
-    `total` (V, last columns of K) if it is given."""
+    if it is given."""
     n, width = x.shape
     threads = torch.get_num_threads()
     targets = head.select(token_ids)
@@ -117,7 +113,7 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
     weighted = x.new_zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
     copies = 1 if weighted is None else 2
     columns = min(_block_columns(x), len(head.weight))
-    blocks = x.new_empty(copies, n * columns) if total is None else None
+    blocks = x.new_empty(copies, n * columns) if parameters is None else None
     kept = []
     products = x.new_empty(copies, n, width if with_direction else 0)
     for begin, end in _spans(len(head.weight), columns):
@@ -128,9 +124,9 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
         torch.mm(x, block.t(), out=exponentials[0])
         _C.linear_head_sweep(
             rows(exponentials[0]), address(token_ids), begin, n, end - begin, 1.0 / temperature, softcap,
-            with_entropy, with_direction or total is not None, rows(exponentials[-1]), address(sweeps), threads,
+            with_entropy, with_direction or parameters is not None, rows(exponentials[-1]), address(sweeps), threads,
         )  # fmt: skip
-        if total is not None:
+        if parameters is not None:
             kept.append((begin, end, exponentials[0], sweeps[:, 1].clone()))
         if with_direction:
             for i in range(copies):
@@ -144,8 +140,8 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
         address(sweeps), n, 1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
         address(factors[0]), address(factors[1]),
     )  # fmt: skip
-    if total is not None:
-        _add_parameter_gradient(x, token_ids, kept, sweeps[:, 1], upstream * factors[0], temperature, total)
+    if parameters is not None:
+        parameters.add(x, token_ids, kept, sweeps[:, 1], upstream * factors[0], temperature)
     for i, result in ((1, weighted), (0, sums)):  # the entropy's direction reads both sums, so it is made first
         if result is not None:
             _C.linear_head_direction(
@@ -155,14 +151,56 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
     return logprobs, row_stats, entropy, sums, weighted
 
 
-def _add_parameter_gradient(x, token_ids, kept, last_max, factors, temperature, total):
-    """total += dlogits.T @ x. dlogits of a block are its exponentials times a factor of the row, which x takes on."""
-    x = x[:, x.shape[1] - total.shape[1] :]
-    for begin, end, exponentials, block_max in kept:
-        rescale = torch.where(block_max == -torch.inf, 0, ((block_max - last_max) / temperature).exp())
-        part = x * (factors[:, 1] * rescale)[:, None].to(x.dtype)
-        total[begin:end] += torch.mm(exponentials.t(), part)
-    total.index_add_(0, token_ids, x.float() * factors[:, :1])
+class ParameterGradient:
+    """Gradients of the parameters that multiply a logit each, formed from a chunk's exponentials.
+
+    Chunks are summed in fp32, in a matrix (V, K), and rounded once; if one chunk holds all rows, each block of the
+    vocabulary is finished at once and there is no such matrix.
+    """
+
+    def __init__(self, dweight, dbias, dlora_b, width, x):
+        self.outputs = (dweight, dbias, dlora_b)
+        self.width = width
+        self.first = 0 if dweight is not None else width  # column of x from which gradients are needed
+        self.vocab = next(len(output) for output in self.outputs if output is not None)
+        row_bytes = self.vocab * x.element_size()
+        self.chunk_rows = min(CHUNK_ROWS, max(64, KEPT_BYTES // row_bytes))
+        columns = x.shape[1] - self.first
+        if len(x) * row_bytes <= max(KEPT_BYTES, 4 * self.vocab * columns):
+            self.chunk_rows, self.total = max(len(x), 1), None
+        elif dweight is not None and dweight.dtype == torch.float32 and dweight.shape[1] == columns:
+            self.total = dweight.zero_()
+        else:
+            self.total = x.new_zeros(self.vocab, columns, dtype=torch.float32)
+
+    def add(self, x, token_ids, kept, last_max, factors, temperature):
+        """+= dlogits.T @ x. dlogits of a block are its exponentials times a factor of the row, which x takes on."""
+        x = x[:, self.first :]
+        targets = x.float() * factors[:, :1]
+        for begin, end, exponentials, block_max in kept:
+            rescale = torch.where(block_max == -torch.inf, 0, ((block_max - last_max) / temperature).exp())
+            part = x * (factors[:, 1] * rescale)[:, None].to(x.dtype)
+            block = torch.mm(exponentials.t(), part)
+            if self.total is not None:
+                self.total[begin:end] += block
+                continue
+            hits = ((token_ids >= begin) & (token_ids < end)).nonzero()[:, 0]  # rows whose target is in this block
+            ids, places = (token_ids[hits] - begin).unique(return_inverse=True)
+            block[ids] = block[ids].float().index_add_(0, places, targets[hits]).to(block.dtype)
+            self._write(begin, end, block)
+        if self.total is not None:
+            self.total.index_add_(0, token_ids, targets)
+
+    def finish(self, *, empty):
+        if self.total is not None and self.total is not self.outputs[0]:
+            self._write(0, self.vocab, self.total)
+        elif self.total is None and empty:
+            for output in self.outputs:
+                if output is not None:
+                    output.zero_()
+
+    def _write(self, begin, end, total):
+        _split(total, self.width, self.first, *(None if t is None else t[begin:end] for t in self.outputs))
 
 
 def _split(total, width, first, dweight, dbias, dlora_b):
