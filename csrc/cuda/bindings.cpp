@@ -43,11 +43,41 @@ void bind_lora_linear(py::module_& m) {
       "the seed is read from its address.");
 }
 
+void bind_ppo_advantages(py::module_& m) {
+  m.def(
+      "ppo_advantages",
+      [](uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values, uintptr_t scores,
+         uintptr_t mask, int64_t rows, int64_t steps, float kl_coef, int kl_estimator,
+         float kl_clip, float score_clip, float gamma, float gae_lambda, bool center, bool scale,
+         uintptr_t advantages, uintptr_t returns, uintptr_t rewards, uintptr_t kl,
+         uintptr_t moments, uintptr_t stats, uintptr_t workspace, uintptr_t stream) {
+        ppo_advantages(pointer<const float>(logprobs), pointer<const float>(ref_logprobs),
+                       pointer<const float>(values), pointer<const float>(scores),
+                       pointer<const bool>(mask), rows, steps, kl_coef, kl_estimator, kl_clip,
+                       score_clip, gamma, gae_lambda, center, scale, pointer<float>(advantages),
+                       pointer<float>(returns), pointer<float>(rewards), pointer<float>(kl),
+                       pointer<double>(moments), pointer<float>(stats), pointer<double>(workspace),
+                       pointer<void>(stream));
+      },
+      py::arg("logprobs"), py::arg("ref_logprobs"), py::arg("values"), py::arg("scores"),
+      py::arg("mask"), py::arg("rows"), py::arg("steps"), py::arg("kl_coef"),
+      py::arg("kl_estimator"), py::arg("kl_clip"), py::arg("score_clip"), py::arg("gamma"),
+      py::arg("gae_lambda"), py::arg("center"), py::arg("scale"), py::arg("advantages"),
+      py::arg("returns"), py::arg("rewards"), py::arg("kl"), py::arg("moments"), py::arg("stats"),
+      py::arg("workspace"), py::arg("stream"),
+      "Fills advantages (whitened as asked), returns, rewards, kl, moments (n, mean, M2) and "
+      "stats, "
+      "in the order of AdvantageStats.");
+  m.def("ppo_advantages_workspace", &ppo_advantages_workspace, py::arg("rows"),
+        "Doubles of workspace that ppo_advantages needs.");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   bind_gae(m);
   bind_lora_linear(m);
+  bind_ppo_advantages(m);
 }
 
 }  // namespace fastrl::cuda

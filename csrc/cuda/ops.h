@@ -18,4 +18,13 @@ void gae(const float* rewards, const float* values, const bool* mask, const bool
 void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
                   uint32_t threshold, void* stream);
 
+// Partial sums go through `workspace`, of ppo_advantages_workspace(rows) doubles.
+void ppo_advantages(const float* logprobs, const float* ref_logprobs, const float* values,
+                    const float* scores, const bool* mask, int64_t rows, int64_t steps,
+                    float kl_coef, int kl_estimator, float kl_clip, float score_clip, float gamma,
+                    float gae_lambda, bool center, bool scale, float* advantages, float* returns,
+                    float* rewards, float* kl, double* moments, float* stats, double* workspace,
+                    void* stream);
+int64_t ppo_advantages_workspace(int64_t rows);
+
 }  // namespace fastrl::cuda

@@ -42,7 +42,7 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("cpu", "cuda", "triton"),
     "lora_linear_group": ("cpu", "cuda", "triton"),
     "gae": ("cpu", "cuda"),
-    "ppo_advantages": ("cpu",),
+    "ppo_advantages": ("cpu", "cuda"),
     "ppo_loss": ("cpu",),
     "ranking_loss": ("cpu",),
 }

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_non_negative, check_positive, check_unit
-from fastrl.ops.backend import _C, address, choose_for, native_op, team
+from fastrl.ops import backend as native
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
 from fastrl.reference import ppo_advantages as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -173,11 +174,24 @@ def _advantages_cpu(
     )  # fmt: skip
 
 
+def _advantages_cuda(
+    logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
+    center, scale, advantages, returns, rewards, kl, moments, stats,
+):  # fmt: skip
+    workspace = moments.new_empty(native.cuda.ppo_advantages_workspace(logprobs.shape[0]))
+    launch_cuda(
+        "ppo_advantages", logprobs, address(logprobs), address(ref_logprobs), address(values), address(scores),
+        address(mask), logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma,
+        gae_lambda, center, scale, address(advantages), address(returns), address(rewards), address(kl),
+        address(moments), address(stats), address(workspace),
+    )  # fmt: skip
+
+
 _advantages = native_op(
     "ppo_advantages",
     "Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor scores, Tensor mask, float kl_coef, "
     "int kl_estimator, float kl_clip, float score_clip, float gamma, float gae_lambda, bool center, bool scale, "
     "Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!) rewards, Tensor(d!) kl, Tensor(e!) moments, "
     "Tensor(f!) stats",
-    {"cpu": _advantages_cpu},
+    {"cpu": _advantages_cpu, "cuda": _advantages_cuda},
 )
