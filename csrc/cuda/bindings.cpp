@@ -72,12 +72,43 @@ void bind_ppo_advantages(py::module_& m) {
         "Doubles of workspace that ppo_advantages needs.");
 }
 
+void bind_ppo_loss(py::module_& m) {
+  m.def(
+      "ppo_loss",
+      [](uintptr_t logprobs, uintptr_t values, uintptr_t entropy, uintptr_t old_logprobs,
+         uintptr_t old_values, uintptr_t advantages, uintptr_t returns, uintptr_t mask,
+         uintptr_t denominator, int64_t size, double clip_coef, float vf_clip_coef, float vf_coef,
+         float ent_coef, float dual_clip, uintptr_t loss, uintptr_t stats, uintptr_t dlogprobs,
+         uintptr_t dvalues, uintptr_t dentropy, uintptr_t workspace, uintptr_t stream) {
+        ppo_loss(pointer<const float>(logprobs), pointer<const float>(values),
+                 pointer<const float>(entropy), pointer<const float>(old_logprobs),
+                 pointer<const float>(old_values), pointer<const float>(advantages),
+                 pointer<const float>(returns), pointer<const bool>(mask),
+                 pointer<const float>(denominator), size, clip_coef, vf_clip_coef, vf_coef,
+                 ent_coef, dual_clip, pointer<float>(loss), pointer<float>(stats),
+                 pointer<float>(dlogprobs), pointer<float>(dvalues), pointer<float>(dentropy),
+                 pointer<double>(workspace), pointer<void>(stream));
+      },
+      py::arg("logprobs"), py::arg("values"), py::arg("entropy"), py::arg("old_logprobs"),
+      py::arg("old_values"), py::arg("advantages"), py::arg("returns"), py::arg("mask"),
+      py::arg("denominator"), py::arg("size"), py::arg("clip_coef"), py::arg("vf_clip_coef"),
+      py::arg("vf_coef"), py::arg("ent_coef"), py::arg("dual_clip"), py::arg("loss"),
+      py::arg("stats"), py::arg("dlogprobs"), py::arg("dvalues"), py::arg("dentropy"),
+      py::arg("workspace"), py::arg("stream"),
+      "Fills loss, stats (in the order of PPOStats) and the gradients that are wanted (0 = "
+      "absent); "
+      "without a denominator sums are divided by the number of kept tokens.");
+  m.def("ppo_loss_workspace", &ppo_loss_workspace, py::arg("size"),
+        "Doubles of workspace that ppo_loss needs.");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   bind_gae(m);
   bind_lora_linear(m);
   bind_ppo_advantages(m);
+  bind_ppo_loss(m);
 }
 
 }  // namespace fastrl::cuda

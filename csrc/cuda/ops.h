@@ -27,4 +27,13 @@ void ppo_advantages(const float* logprobs, const float* ref_logprobs, const floa
                     void* stream);
 int64_t ppo_advantages_workspace(int64_t rows);
 
+// Partial sums go through `workspace`, of ppo_loss_workspace(size) doubles.
+void ppo_loss(const float* logprobs, const float* values, const float* entropy,
+              const float* old_logprobs, const float* old_values, const float* advantages,
+              const float* returns, const bool* mask, const float* denominator, int64_t size,
+              double clip_coef, float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip,
+              float* loss, float* stats, float* dlogprobs, float* dvalues, float* dentropy,
+              double* workspace, void* stream);
+int64_t ppo_loss_workspace(int64_t size);
+
 }  // namespace fastrl::cuda

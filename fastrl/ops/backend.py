@@ -43,7 +43,7 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_linear_group": ("cpu", "cuda", "triton"),
     "gae": ("cpu", "cuda"),
     "ppo_advantages": ("cpu", "cuda"),
-    "ppo_loss": ("cpu",),
+    "ppo_loss": ("cpu", "cuda"),
     "ranking_loss": ("cpu",),
 }
 

@@ -10,7 +10,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
-from fastrl.ops.backend import _C, address, choose_for, native_op, team
+from fastrl.ops import backend as native
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
 from fastrl.reference import ppo_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -187,11 +188,25 @@ def _loss_cpu(
     )  # fmt: skip
 
 
+def _loss_cuda(
+    logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
+    clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, loss, stats, dlogprobs, dvalues, dentropy,
+):  # fmt: skip
+    size = logprobs.numel()
+    workspace = loss.new_empty(native.cuda.ppo_loss_workspace(size), dtype=torch.float64)
+    launch_cuda(
+        "ppo_loss", logprobs, address(logprobs), address(values), address(entropy), address(old_logprobs),
+        address(old_values), address(advantages), address(returns), address(mask), address(denominator), size,
+        clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, address(loss), address(stats), address(dlogprobs),
+        address(dvalues), address(dentropy), address(workspace),
+    )  # fmt: skip
+
+
 _loss = native_op(
     "ppo_loss",
     "Tensor logprobs, Tensor values, Tensor? entropy, Tensor old_logprobs, Tensor old_values, Tensor advantages, "
     "Tensor returns, Tensor mask, Tensor? denominator, float clip_coef, float vf_clip_coef, float vf_coef, "
     "float ent_coef, float dual_clip, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? dlogprobs, "
     "Tensor(d!)? dvalues, Tensor(e!)? dentropy",
-    {"cpu": _loss_cpu},
+    {"cpu": _loss_cpu, "cuda": _loss_cuda},
 )
