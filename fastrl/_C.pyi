@@ -25,6 +25,61 @@ class cuda:
     ) -> None: ...
     @staticmethod
     def lora_dropout(matrix: int, dtype: int, rows: int, cols: int, seed: int, threshold: int, stream: int) -> None: ...
+    @staticmethod
+    def ppo_advantages(
+        logprobs: int,
+        ref_logprobs: int,
+        values: int,
+        scores: int,
+        mask: int,
+        rows: int,
+        steps: int,
+        kl_coef: float,
+        kl_estimator: int,
+        kl_clip: float,
+        score_clip: float,
+        gamma: float,
+        gae_lambda: float,
+        center: bool,
+        scale: bool,
+        advantages: int,
+        returns: int,
+        rewards: int,
+        kl: int,
+        moments: int,
+        stats: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def ppo_advantages_workspace(rows: int) -> int: ...
+    @staticmethod
+    def ppo_loss(
+        logprobs: int,
+        values: int,
+        entropy: int,
+        old_logprobs: int,
+        old_values: int,
+        advantages: int,
+        returns: int,
+        mask: int,
+        denominator: int,
+        size: int,
+        clip_coef: float,
+        vf_clip_coef: float,
+        vf_coef: float,
+        ent_coef: float,
+        dual_clip: float,
+        loss: int,
+        stats: int,
+        dlogprobs: int,
+        dvalues: int,
+        dentropy: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def ppo_loss_workspace(size: int) -> int: ...
 
 def cpu_isa() -> str: ...
 def advise_huge_pages(data: int, bytes: int) -> None: ...

@@ -112,7 +112,7 @@ __device__ inline void store_row(const Inputs& x, RowPart part, int64_t row, dou
 }
 
 __global__ void __launch_bounds__(kShortThreads)
-    short_rows_kernel(Inputs x, int lanes, Outputs out) {
+    ppo_advantages_short_rows_kernel(Inputs x, int lanes, Outputs out) {
   __shared__ float tiles[kShortThreads / kWarp][kSpan];
   const ShortRow at = short_row(x.rows, x.steps, lanes, tiles[threadIdx.x / kWarp]);
   Shaped shaped = shape(x, out, at.exists ? x.scores[at.row] : 0.0f, at.span);
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kShortThreads)
   if (at.exists && lane_of_row == 0) store_row(x, part, at.row, out.parts);
 }
 
-__global__ void __launch_bounds__(kLongThreads, 2) long_rows_kernel(Inputs x, Outputs out) {
+__global__ void __launch_bounds__(kLongThreads, 2)
+    ppo_advantages_long_rows_kernel(Inputs x, Outputs out) {
   __shared__ float tiles[kMaxWarps][kSpan];
   __shared__ ChunkTotals totals[2];
   __shared__ RowPart of_warps[kMaxWarps];
@@ -172,8 +173,8 @@ __device__ void write_stats(const RowPart& total, float* stats) {
 
 // One block: the parts of all rows become statistics, and the shift and factor of whitening.
 __global__ void __launch_bounds__(kTotalThreads)
-    total_kernel(const double* parts, int64_t rows, bool center, bool scale, double* moments,
-                 float* stats, float* whitening) {
+    ppo_advantages_total_kernel(const double* parts, int64_t rows, bool center, bool scale,
+                                double* moments, float* stats, float* whitening) {
   __shared__ RowPart of_warps[kTotalThreads / kWarp];
   const RowPart total = combine_columns(parts, rows, of_warps);
   if (threadIdx.x > 0) return;
@@ -187,7 +188,8 @@ __global__ void __launch_bounds__(kTotalThreads)
 }
 
 __global__ void __launch_bounds__(kWhitenThreads)
-    whiten_kernel(const bool* mask, int64_t size, const float* whitening, float* advantages) {
+    ppo_advantages_whiten_kernel(const bool* mask, int64_t size, const float* whitening,
+                                 float* advantages) {
   __shared__ float tiles[kWhitenThreads / kWarp][kSpan];
   const int warp = threadIdx.x / kWarp;
   const int64_t first = blockIdx.x * int64_t{kWhitenThreads * kItems} + warp * kSpan;
@@ -219,18 +221,18 @@ void ppo_advantages(const float* logprobs, const float* ref_logprobs, const floa
   if (rows > 0 && steps <= kSpan) {
     const int lanes = lanes_of_short_row(steps);
     const auto grid = static_cast<unsigned>(blocks_of_short_rows(rows, lanes));
-    FASTRL_LAUNCH(short_rows_kernel, grid, kShortThreads, 0, stream, x, lanes, out);
+    FASTRL_LAUNCH(ppo_advantages_short_rows_kernel, grid, kShortThreads, 0, stream, x, lanes, out);
   } else if (rows > 0) {
-    FASTRL_LAUNCH(long_rows_kernel, static_cast<unsigned>(rows), threads_of_long_row(steps), 0,
-                  stream, x, out);
+    FASTRL_LAUNCH(ppo_advantages_long_rows_kernel, static_cast<unsigned>(rows),
+                  threads_of_long_row(steps), 0, stream, x, out);
   }
-  FASTRL_LAUNCH(total_kernel, 1, kTotalThreads, 0, stream, workspace, rows, center, scale, moments,
-                stats, whitening);
+  FASTRL_LAUNCH(ppo_advantages_total_kernel, 1, kTotalThreads, 0, stream, workspace, rows, center,
+                scale, moments, stats, whitening);
   const int64_t size = rows * steps;
   if ((center || scale) && size > 0) {
     const auto grid = static_cast<unsigned>(ceil_div<int64_t>(size, kWhitenThreads * kItems));
-    FASTRL_LAUNCH(whiten_kernel, grid, kWhitenThreads, 0, stream, mask, size, whitening,
-                  advantages);
+    FASTRL_LAUNCH(ppo_advantages_whiten_kernel, grid, kWhitenThreads, 0, stream, mask, size,
+                  whitening, advantages);
   }
   check_launch("ppo_advantages");
 }

@@ -90,7 +90,7 @@ __host__ __device__ inline Terms terms_of(const Token& t, const Options& o) {
 
 // Partial counts of kept tokens, one a block.
 __global__ void __launch_bounds__(kThreads)
-    count_kernel(const bool* mask, int64_t size, int64_t* counts) {
+    ppo_loss_count_kernel(const bool* mask, int64_t size, int64_t* counts) {
   __shared__ int64_t scratch[kWarps];
   const int64_t step = gridDim.x * int64_t{kThreads};
   const int64_t thread = blockIdx.x * int64_t{kThreads} + threadIdx.x;
@@ -230,8 +230,8 @@ __device__ void write_stats(const ChunkPart& total, double ratio_max, float* sta
 
 // One block: the parts of all chunks become loss and statistics.
 __global__ void __launch_bounds__(kTotalThreads)
-    total_kernel(const double* parts, const double* ratio_maxima, int64_t chunks, Options o,
-                 const float* denominator, float* loss, float* stats) {
+    ppo_loss_total_kernel(const double* parts, const double* ratio_maxima, int64_t chunks,
+                          Options o, const float* denominator, float* loss, float* stats) {
   __shared__ ChunkPart of_warps[kTotalThreads / kWarp];
   __shared__ double maxima[kTotalThreads / kWarp];
   double ratio_max = 0.0;
@@ -275,15 +275,15 @@ void ppo_loss(const float* logprobs, const float* values, const float* entropy,
   const int count_blocks =
       static_cast<int>(std::min<int64_t>(kCountBlocks, ceil_div<int64_t>(size, kThreads * 16)));
   if (size > 0 && denominator == nullptr) {
-    FASTRL_LAUNCH(count_kernel, count_blocks, kThreads, 0, stream, mask, size, counts);
+    FASTRL_LAUNCH(ppo_loss_count_kernel, count_blocks, kThreads, 0, stream, mask, size, counts);
   }
   if (size > 0) {
     FASTRL_LAUNCH(ppo_loss_kernel, static_cast<unsigned>(chunks), kThreads, 0, stream, x, options,
                   (Gradients{dlogprobs, dvalues, dentropy}), denominator, counts, count_blocks,
                   workspace, ratio_maxima);
   }
-  FASTRL_LAUNCH(total_kernel, 1, kTotalThreads, 0, stream, workspace, ratio_maxima, chunks, options,
-                denominator, loss, stats);
+  FASTRL_LAUNCH(ppo_loss_total_kernel, 1, kTotalThreads, 0, stream, workspace, ratio_maxima, chunks,
+                options, denominator, loss, stats);
   check_launch("ppo_loss");
 }
 
