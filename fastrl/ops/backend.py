@@ -24,7 +24,7 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     NATIVE_ERROR = str(error)
 
-cuda = getattr(_C, "cuda", None)  # the CUDA kernels; None where the module was built without them
+cuda: Any = getattr(_C, "cuda", None)  # the CUDA kernels; None where the module was built without them
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
