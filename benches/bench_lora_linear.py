@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -60,7 +61,7 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
         providers={
             "torch eager": eager,
             **({} if quick else compiled(eager)),
-            **({"peft lora.Linear": peft_layers(k, outs, device)} if find_spec("peft") else {}),
+            **({"peft lora.Linear": peft_layers(k, outs)} if find_spec("peft") else {}),
             "fastrl reference": lambda i: fused(i, numbers, "reference"),
             **ours("lora_linear", device, dtype, lambda i, backend: fused(i, numbers, backend)),
         },
@@ -80,20 +81,23 @@ def fused(i, numbers, backend):
     return tuple(lora_linear_group(i["x"], layers, backend=backend))
 
 
-def peft_layers(k: int, outs: tuple[int, ...], device: str):
+def peft_layers(k: int, outs: tuple[int, ...]):
     """PEFT's own modules, given the weights of the inputs; adapters in the dtype of x, which is PEFT's faster mode."""
     from peft import LoraConfig, get_peft_model
 
-    base = nn.ModuleList(nn.Linear(k, out, bias=False) for out in outs).to(device, torch.bfloat16)
-    config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[str(n) for n in range(len(outs))])
-    modules = list(get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model)
+    @functools.cache
+    def modules(device: torch.device):
+        base = nn.ModuleList(nn.Linear(k, out, bias=False) for out in outs).to(device, torch.bfloat16)
+        config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[str(n) for n in range(len(outs))])
+        return list(get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model)
 
     def run(i):
-        for n, module in enumerate(modules):
+        layers = modules(i["x"].device)
+        for n, module in enumerate(layers):
             holders = module.base_layer, module.lora_A["default"], module.lora_B["default"]
             for holder, tensor in zip(holders, layer(i, n), strict=True):
                 holder._parameters["weight"] = tensor
-        return tuple(module(i["x"]) for module in modules)
+        return tuple(module(i["x"]) for module in layers)
 
     return run
 

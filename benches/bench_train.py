@@ -4,8 +4,8 @@
 
 Every peer gets the same weights and the same sequences, runs in a process of its own, and must report the same
 log-probs, scores or loss before its time counts. tokens/s counts response tokens, once per iteration however many
-epochs; sampling is excluded. Memory is the peak resident set of the process: in all (peak MiB) and beyond what the
-imports took (extra MiB).
+epochs; sampling is excluded. Memory is the peak resident set of the process (on a GPU: what torch allocated there): in
+all (peak MiB) and beyond what the imports took (extra MiB).
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from fastrl.benches import machine, records, train_workload
 from fastrl.benches.harness import number, percentiles
 from fastrl.benches.train_workload import Settings
 
 HERE = Path(__file__).resolve().parent
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of what the peers report before their times count
 OURS, PLAIN, TRL = "fastrl.benches.train_fastrl", "fastrl.benches.train_transformers", "train_trl.py"
 PEERS = {  # task -> (provider, program, its argument), baseline first
     "PPO update, LoRA": [
@@ -71,7 +74,9 @@ def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespac
             print(f"[{turn + 1}/{args.repeats}] {task}: {provider}", file=sys.stderr, flush=True)
             reports[provider].append(run(program, folder, argument, settings.threads, args.trl_python))
     baseline = peers[0][0]
-    environment = machine.environment("cpu") | {"threads": str(settings.threads)}
+    environment = machine.environment(settings.device)
+    if settings.device == "cpu":
+        environment["threads"] = str(settings.threads)
     tokens = sum(map(len, train_workload.read(folder)[2]))
     base = percentiles(all_seconds(reports[baseline]))[1]
     rows = []
@@ -84,10 +89,10 @@ def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespac
             | {
                 "op": task,
                 "shape": describe(settings),
-                "dtype": "fp32",
+                "dtype": machine.short(getattr(torch, settings.dtype)),
                 "direction": "step",
                 "provider": provider,
-                "status": "ok" if error < 1e-3 else f"differs from {baseline}",
+                "status": "ok" if error < TOLERANCE[settings.dtype] else f"differs from {baseline}",
                 "baseline": baseline,
                 "speedup": number(base / p50),
                 "rate": number(tokens / p50),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastrl.benches import memory
 from fastrl.benches.machine import cache_bytes, seconds_of, short
 from fastrl.ops import backend
 
@@ -70,6 +71,7 @@ class Budget:
 
 
 QUICK = Budget(seconds=0.25, warmup=0.05, min_rounds=3)
+GPU = Budget(seconds=1.5, warmup=0.1)  # quieter than a CPU
 
 
 def cases(ops: Iterable[str], device: str, quick: bool) -> list[Case]:
@@ -141,6 +143,8 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
             row |= {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))}
             if baseline in times:
                 row |= {"baseline": baseline, "speedup": number(percentiles(times[baseline])[1] / p50)}
+            if device != "cpu":  # CPUs: memory.of_cases
+                row["peak_extra_mib"] = number(memory.peak_extra_mib(runs[name], device))
             work, unit = (case.flops, "GFLOP/s") if case.bound == "gemm" else (case.bytes, "GB/s")
             if name not in case.floors and work:
                 rate = work / p50 / 1e9

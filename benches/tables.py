@@ -26,9 +26,10 @@ def markdown(rows: list[records.Row]) -> str:
         for row in members:
             if baseline is None or not row["provider"].startswith("fastrl ") or row["provider"] == "fastrl reference":
                 continue
-            isa = row["provider"].split()[2:]
+            backend, *isa = row["provider"].split()[1:]
+            kernel = f" ({isa[0]} only)" if isa else "" if backend in ("cpu", "loop") else f" ({backend})"
             cells = [
-                f"`{row['op']}`" + (f" ({isa[0]} only)" if isa else ""),
+                f"`{row['op']}`{kernel}",
                 *(row[column] for column in ("shape", "dtype", "direction")),
                 baseline["provider"],
                 baseline["ms_p50"],

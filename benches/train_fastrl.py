@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import transformers
 
-from fastrl.benches.train_workload import Settings, peak_mib, read
+from fastrl.benches.train_workload import Settings, clock, peak_mib, read
 from fastrl.data import Example, pad
 from fastrl.losses import chunks, sft_batch, sft_loss, supervised_tokens
 from fastrl.metrics import PhaseTimer
@@ -39,19 +38,21 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
         learning_rate=settings.learning_rate,
         critic_learning_rate=settings.learning_rate,
         lora_rank=rank,
+        device=settings.device,
+        dtype=settings.dtype,
     )
     roles = ppo.load_roles(cfg, load_tokenizer(cfg.model))
     optimizers = [make_optimizer(model, learning_rate=settings.learning_rate) for model in (roles.policy, roles.critic)]
-    trajectory = fixed_trajectory(prompts, responses)
+    trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
     mask = trajectory.response_mask
     seconds, check = [], {}
     for iteration in range(settings.iterations + 1):
-        start = time.perf_counter()
+        start = clock(settings.device)
         assessed = ppo.assess(roles, trajectory, cfg, PhaseTimer())
         shaped = ppo.shape(assessed, mask, cfg)
         experience = ppo.Experience(*trajectory[:2], mask, assessed.logprobs, assessed.values, *shaped[:2])
         ppo.update(roles, optimizers, experience, cfg, iteration)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(settings.device) - start)
         if iteration == 0:
             check = {"surprisal": float(-assessed.logprobs.sum(1).mean()), "score": float(assessed.scores.mean())}
     return seconds[1:], check
@@ -67,7 +68,7 @@ def fixed_trajectory(prompts: list[list[int]], responses: list[list[int]]) -> Tr
 def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
     """Seconds per optimizer step, as in fastrl.train.sft."""
     settings, prompts, responses = read(folder)
-    model = load_policy(folder / "policy")
+    model = load_policy(folder / "policy", dtype=settings.dtype, device=settings.device)
     if rank:
         model = add_lora(model, LoRASettings(rank, 2 * rank))
     model.train()
@@ -77,14 +78,14 @@ def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[s
     targets = supervised_tokens(examples)
     seconds, losses = [], []
     for step in range(settings.iterations + 1):
-        start = time.perf_counter()
+        start = clock(settings.device)
         loss = 0.0
         for micro in chunks(examples, settings.micro_batch):
-            part = sft_loss(model, sft_batch(micro, 0), denominator=targets)
+            part = sft_loss(model, sft_batch(micro, 0, model.device), denominator=targets)
             part.backward()
             loss += float(part.detach())
         optimizer_step(model, optimizer, None, max_grad_norm=1.0, step=step)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(settings.device) - start)
         losses.append(loss)
     return seconds[1:], {"loss": losses[0]}
 
@@ -93,11 +94,11 @@ def main(folder: Path, task: str) -> None:
     settings: Settings = read(folder)[0]
     torch.set_num_threads(settings.threads)
     transformers.set_seed(settings.seed)
-    imported = peak_mib()
+    imported = peak_mib(settings.device)
     rank = settings.lora_rank if task.endswith("lora") else 0
     with tempfile.TemporaryDirectory() as output:
         seconds, check = (ppo_updates if task.startswith("ppo") else sft_steps)(folder, rank, output)
-    report = {"seconds": seconds, "peak_mib": peak_mib(), "imported_mib": imported, "check": check}
+    report = {"seconds": seconds, "peak_mib": peak_mib(settings.device), "imported_mib": imported, "check": check}
     print("\n" + json.dumps(report))
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import peft
 import torch
 import transformers
 
-from fastrl.benches.train_workload import peak_mib, read
+from fastrl.benches.train_workload import clock, peak_mib, read
 
 
 def batches(prompts, responses, size: int):
@@ -33,8 +32,9 @@ def main(folder: Path, task: str) -> None:
     settings, prompts, responses = read(folder)
     torch.set_num_threads(settings.threads)
     transformers.set_seed(settings.seed)
-    imported = peak_mib()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    imported = peak_mib(settings.device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=getattr(torch, settings.dtype))
+    model.to(settings.device)
     if task == "sft-lora":
         rank = settings.lora_rank
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
@@ -44,18 +44,20 @@ def main(folder: Path, task: str) -> None:
     targets = sum(map(len, responses))
     seconds, losses = [], []
     for _ in range(settings.iterations + 1):
-        start = time.perf_counter()
+        start = clock(settings.device)
         loss = 0.0
-        for ids, mask, labels in batches(prompts, responses, settings.micro_batch):
+        for batch in batches(prompts, responses, settings.micro_batch):
+            ids, mask, labels = (tensor.to(settings.device) for tensor in batch)
             part = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
             part.backward()
             loss += float(part.detach())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(settings.device) - start)
         losses.append(loss)
-    report = {"seconds": seconds[1:], "peak_mib": peak_mib(), "imported_mib": imported, "check": {"loss": losses[0]}}
+    peak = peak_mib(settings.device)
+    report = {"seconds": seconds[1:], "peak_mib": peak, "imported_mib": imported, "check": {"loss": losses[0]}}
     print("\n" + json.dumps(report))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import peft
@@ -22,7 +21,7 @@ from datasets import Dataset
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from train_workload import PAD, peak_mib, read
+from train_workload import PAD, clock, peak_mib, read
 
 
 class FixedResponses:
@@ -37,8 +36,8 @@ class FixedResponses:
         self.ended: list[float] = []
 
     def __call__(self, model, queries, *_):
-        self.ended.append(time.perf_counter())
-        response = torch.stack([self.responses[tuple(row[row != PAD].tolist())] for row in queries])
+        self.ended.append(clock(queries.device.type))
+        response = torch.stack([self.responses[tuple(row[row != PAD].tolist())] for row in queries]).to(queries)
         sequences = torch.cat([queries, response], 1)
         logits = []
         with torch.no_grad():
@@ -47,17 +46,18 @@ class FixedResponses:
                 logits.append(output.logits[:, queries.shape[1] - 1 : -1].clone())
                 del output
         logits = torch.cat(logits)
-        self.begun.append(time.perf_counter())
+        self.begun.append(clock(queries.device.type))
         return sequences, logits
 
 
 def make_trainer(folder: Path, task: str, output: str) -> tuple[PPOTrainer, FixedResponses]:
     settings, prompts, responses = read(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
+    dtype = getattr(torch, settings.dtype)
     classifier = transformers.AutoModelForSequenceClassification
-    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
     reward_model, value_model = (
-        classifier.from_pretrained(folder / "reward", num_labels=1, dtype=torch.float32) for _ in range(2)
+        classifier.from_pretrained(folder / "reward", num_labels=1, dtype=dtype) for _ in range(2)
     )
     rank = settings.lora_rank
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -68,7 +68,7 @@ def make_trainer(folder: Path, task: str, output: str) -> tuple[PPOTrainer, Fixe
         value_model.score.requires_grad_(True)
     config = PPOConfig(
         output_dir=output,
-        use_cpu=True,
+        use_cpu=settings.device == "cpu",
         bf16=False,
         report_to="none",
         disable_tqdm=True,
@@ -103,7 +103,7 @@ def make_trainer(folder: Path, task: str, output: str) -> tuple[PPOTrainer, Fixe
 def main(folder: Path, task: str) -> None:
     settings = read(folder)[0]
     torch.set_num_threads(settings.threads)
-    imported = peak_mib()
+    imported = peak_mib(settings.device)
     with tempfile.TemporaryDirectory() as output:
         trainer, generation = make_trainer(folder, task, output)
         ppo_trainer.batch_generation = generation
@@ -111,7 +111,7 @@ def main(folder: Path, task: str) -> None:
     seconds = [end - begin for begin, end in zip(generation.begun[1:], generation.ended[2:], strict=False)]
     first = next(entry for entry in trainer.state.log_history if "objective/entropy" in entry)
     check = {"surprisal": first["objective/entropy"], "score": first["objective/scores"]}
-    report = {"seconds": seconds, "peak_mib": peak_mib(), "imported_mib": imported, "check": check}
+    report = {"seconds": seconds, "peak_mib": peak_mib(settings.device), "imported_mib": imported, "check": check}
     print("\n" + json.dumps(report))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Settings:
     iterations: int = 2  # timed, after one to warm up
     threads: int = 2
     seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"  # of the weights
 
 
 def write(folder: Path, settings: Settings) -> None:
@@ -93,6 +96,19 @@ def read(folder: Path) -> tuple[Settings, list[list[int]], list[list[int]]]:
     return Settings(**record["settings"]), record["prompts"], record["responses"]
 
 
-def peak_mib() -> float:
-    """Peak resident memory of this process."""
+def clock(device: str = "cpu") -> float:
+    """Seconds, once the GPU has done what was asked of it."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mib(device: str = "cpu") -> float:
+    """Peak memory of this process: allocated by torch on a GPU, else resident."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
 
     from fastrl.benches import harness, machine, memory
 
-    budget = harness.QUICK if args.quick else harness.Budget()
+    budget = harness.QUICK if args.quick else harness.Budget() if args.device == "cpu" else harness.GPU
     cases = harness.cases(args.op, args.device, args.quick)
     if args.isa:
         cases = [for_isa(case) for case in cases if case.bound != "gemm"]
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
     rates = machine.ceilings(args.device, {case.dtype for case in cases}, seconds=0.1 if args.quick else 0.5)
     say("measured ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " (GB/s, GFLOP/s)")
     environment = machine.environment(args.device)
-    peaks = {} if args.isa else memory.of_cases(args.op, args.device, args.quick)
+    peaks = {} if args.isa or args.device != "cpu" else memory.of_cases(args.op, args.device, args.quick)
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.label}")
         rows = [row | environment for row in harness.measure(case, args.device, rates, budget)]

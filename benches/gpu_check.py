@@ -1,0 +1,175 @@
+"""Checks and measures fastrl on a GPU, in the checkout: `python -m benches.gpu_check [--part PART ...]`.
+
+build: builds for this GPU, `fastrl doctor`; tests: tests/gpu; sanitize: compute-sanitizer over every op; bench: every
+op beside its peers; train: SFT, reward model, PPO on the demo's data, and whole updates beside TRL and transformers.
+A part takes at most ten minutes; what fails is reported, and the rest still runs. Needs torch with CUDA, nvcc, pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from fastrl.bench import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("build", "tests", "sanitize", "bench", "train")
+PART_SECONDS = 600
+PYTHON = sys.executable
+# As in pyproject.toml, without the plugin that GPU machines may not have.
+PYTEST = [PYTHON, "-m", "pytest", "-o", "addopts=--strict-markers --import-mode=importlib -ra", "--durations=10"]
+WORKLOAD = (
+    "--device cuda --dtype bfloat16 --layers 30 --vocab 49152 --batch 64 --minibatch 64 --micro-batch 16 "
+    "--prompt 256 --response 256 --iterations 3 --repeats 1"
+).split()
+DEMO = ["--max_length", "128", "--max_steps", "10", "--eval_limit", "32", "--device", "cuda"]
+
+
+class Step(NamedTuple):
+    name: str
+    command: list[str]
+    seconds: float = PART_SECONDS  # at most
+    environment: dict[str, str] = {}
+
+
+class Outcome(NamedTuple):
+    part: str
+    step: str
+    status: str
+    seconds: float
+    note: str  # the last line of the output
+
+
+def build(gpu: Gpu, folder: Path) -> Iterator[Step]:
+    environment = {"FASTRL_CUDA": "on", "FASTRL_WERROR": "ON", "FASTRL_CUDA_ARCHITECTURES": f"{gpu.arch}-real"}
+    yield Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], environment=environment)
+    yield Step("doctor", [PYTHON, "-m", "fastrl.cli", "doctor", "--dtype", "bfloat16"], 60)
+
+
+def tests(gpu: Gpu, folder: Path) -> Iterator[Step]:
+    yield Step("tests/gpu", [*PYTEST, "tests/gpu"])
+
+
+def sanitize(gpu: Gpu, folder: Path) -> Iterator[Step]:
+    """Only fastrl's kernels are watched: the libraries' would take most of the time."""
+    names = ["fastrl", *triton_kernels()]
+    filters = [argument for name in names for argument in ("--kernel-name", f"kns={name}")]
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *filters]
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation for each tensor
+        yield Step(tool, [*command, PYTHON, "tests/gpu/every_op.py"], 240, environment)
+
+
+def bench(gpu: Gpu, folder: Path) -> Iterator[Step]:
+    for op in OPS:
+        yield Step(op, [PYTHON, "-m", "fastrl.bench", "--device", "cuda", "--op", op, "--csv", str(gpu.csv)], 240)
+
+
+def train(gpu: Gpu, folder: Path) -> Iterator[Step]:
+    demo, out = folder / "demo", folder / "runs"
+
+    def loop(name: str, *arguments: str | Path) -> Step:
+        command = [PYTHON, "-m", "fastrl.cli", name, "--output", str(out / name), *map(str, arguments)]
+        return Step(name, command, 120)
+
+    yield Step("demo on the CPU", [PYTHON, "-m", "fastrl.cli", "demo", "--quick", "--output", str(demo)], 180)
+    yield loop("sft", "--model", demo / "pretrained", "--data", demo / "data/instructions.jsonl", *DEMO)
+    yield loop("reward", "--model", demo / "sft", "--data", demo / "data/rankings.jsonl", *DEMO)
+    models = ["--model", demo / "sft", "--reward_model", demo / "reward"]
+    few = "--iterations 2 --max_new_tokens 28 --max_prompt_length 100 --device cuda".split()
+    yield loop("ppo", *models, "--data", demo / "data/prompts.jsonl", *few)
+    peer = ["--trl-python", PYTHON] if find_spec("trl") else []
+    command = [PYTHON, "-m", "fastrl.benches.bench_train", "--csv", str(gpu.csv), *WORKLOAD, *peer]
+    yield Step("updates beside peers", command, 420)
+
+
+def triton_kernels() -> list[str]:
+    """Names of the Triton functions that are launched."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*.py")))
+    return sorted(set(re.findall(r"@triton\.jit(?:\([^)]*\))?\ndef (\w*kernel\w*)\(", text)))
+
+
+class Gpu(NamedTuple):
+    name: str
+    arch: str  # as nvcc says it
+
+    @property
+    def csv(self) -> Path:
+        stem = re.sub(r"\W+", "-", self.name.lower()).strip("-")
+        return ROOT / f"benches/results/{stem}.csv"
+
+
+def this_gpu() -> Gpu:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_check: torch sees no CUDA device; `fastrl doctor` says why")
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), f"{major}{minor}" + ("a" if major == 9 else ""))
+
+
+def run_part(part: str, steps: Iterator[Step], folder: Path, seconds: float = PART_SECONDS) -> Iterator[Outcome]:
+    end = time.monotonic() + seconds
+    for step in steps:
+        print(f"\n== {part}: {step.name}", flush=True)
+        yield run_step(part, step, folder, min(step.seconds, end - time.monotonic()))
+
+
+def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
+    """Runs the command in a process group of its own; the output goes to a log and, its end, to the terminal."""
+    if seconds <= 0:
+        return Outcome(part, step.name, "no time left", 0, "")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{part}-{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environment}
+    start = time.monotonic()
+    with log.open("w") as file:
+        try:
+            command = ["timeout", "--kill-after=10", f"{seconds:.0f}", *step.command]  # ends the whole group
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            status = {0: "ok", 124: "too slow", 137: "too slow"}.get(code, f"failed ({code})")
+        except OSError as error:
+            status = f"failed: {error}"
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join(lines[-(15 if status == "ok" else 60) :]), flush=True)
+    return Outcome(part, step.name, status, time.monotonic() - start, summary(lines))
+
+
+def summary(lines: list[str]) -> str:
+    """What pytest or compute-sanitizer sum up, else the last line."""
+    said = [line for line in lines if line.strip()]
+    counted = [line for line in said if "SUMMARY:" in line]
+    return (counted or said or [""])[-1].strip("= ")[:100]
+
+
+def table(outcomes: list[Outcome]) -> str:
+    rows = [(o.part, o.step, o.status, f"{o.seconds:.0f} s", o.note) for o in outcomes]
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    return "\n".join("  ".join([*(f"{c:{w}}" for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches.gpu_check", description=__doc__.split("\n")[0])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for logs and runs")
+    args = parser.parse_args(argv)
+    if not (ROOT / "tests/gpu").is_dir():
+        raise SystemExit("gpu_check: expected a checkout of the repository, got an installed package")
+    gpu, folder = this_gpu(), args.output.resolve()
+    outcomes: list[Outcome] = []
+    for part in args.part:
+        outcomes += run_part(part, globals()[part](gpu, folder), folder)
+    print(f"\n{gpu.name}\n{table(outcomes)}\nlogs: {folder}, measurements: {gpu.csv}")
+    return int(any(outcome.status != "ok" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

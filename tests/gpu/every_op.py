@@ -1,0 +1,34 @@
+"""Every op on every GPU backend once, forward and backward, small: what compute-sanitizer watches.
+
+compute-sanitizer --tool memcheck python tests/gpu/every_op.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from conformance.calls import all_calls, evaluate, label  # noqa: E402
+
+SHAPES = [
+    {"batch": 3, "tokens": 5},
+    {"batch": 2, "tokens": 1100, "vocab": 131},
+    {"batch": 2, "tokens": 3, "vocab": 40001},
+]
+
+
+def main() -> None:
+    for shape in SHAPES:
+        for call in all_calls(**shape, dtype=torch.bfloat16, device="cuda", backends=("cuda", "triton")):
+            print(label(call), shape, flush=True)
+            found = evaluate(call)
+            assert all(bool(value.isfinite().all()) for value in found.values()), label(call)
+
+
+if __name__ == "__main__":
+    main()

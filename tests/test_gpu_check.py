@@ -1,0 +1,132 @@
+"""The one-command check of a GPU, as far as a machine without one can see it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fastrl.bench import OPS
+from fastrl.benches import gpu_check, harness, machine
+from fastrl.benches.gpu_check import Gpu, Step
+from fastrl.ops import backend
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", "90a")
+
+
+def python(code: str, seconds: float = 20) -> Step:
+    return Step("a step", [sys.executable, "-c", code], seconds)
+
+
+@pytest.mark.parametrize(
+    "step, status, note",
+    [
+        (python("print('first'); print('last')"), "ok", "last"),
+        (python("print('ERROR SUMMARY: 3 errors'); print('bye'); raise SystemExit(9)"), "failed (9)", "ERROR SUMMARY"),
+        (python("import time; print('begun', flush=True); time.sleep(20)", 1), "too slow", "begun"),
+        (Step("absent", ["no-such-program"]), "failed (127)", "timeout: "),
+        (python("print('never')", 0), "no time left", ""),
+    ],
+    ids=["ok", "fails", "slow", "absent", "no time"],
+)
+def test_a_step_is_reported_and_never_raises(tmp_path, step, status, note):
+    (outcome,) = gpu_check.run_part("tests", iter([step]), tmp_path)
+    assert outcome.status == status and outcome.note.startswith(note) and outcome.seconds < 5
+
+
+def test_a_part_keeps_its_time(tmp_path):
+    slow = python("import time; time.sleep(20)")
+    outcomes = list(gpu_check.run_part("tests", iter([slow, slow]), tmp_path, seconds=1))
+    assert [outcome.status for outcome in outcomes] == ["too slow", "no time left"]
+    assert gpu_check.table(outcomes).count("\n") == 1
+
+
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_every_part_has_steps(tmp_path, part):
+    steps = list(getattr(gpu_check, part)(H100, tmp_path))
+    assert steps and all(0 < step.seconds <= gpu_check.PART_SECONDS for step in steps)
+    assert H100.csv.name == "nvidia-h100-80gb-hbm3.csv"
+
+
+def test_failures_do_not_stop_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "this_gpu", lambda: H100)
+    monkeypatch.setattr(gpu_check, "build", lambda gpu, folder: iter([python("raise SystemExit(1)")]))
+    monkeypatch.setattr(gpu_check, "tests", lambda gpu, folder: iter([python("print('2 passed')")]))
+    assert gpu_check.main(["--part", "build", "tests", "--output", str(tmp_path)]) == 1
+    *_, first, second, _ = capsys.readouterr().out.splitlines()
+    assert "failed (1)" in first and second.endswith("2 passed")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(SystemExit, match="torch sees no CUDA device; `fastrl doctor` says why"):
+        gpu_check.main(["--part", "build"])
+
+
+def test_cases_of_the_gpu(monkeypatch):
+    """The shapes that have targets on an H100 are measured, with every backend that dispatch knows."""
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    cases = harness.cases(OPS, "cuda", quick=False)
+    assert all("fastrl triton" in case.providers for case in cases if "triton" in backend.NATIVE_BACKENDS[case.op])
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    for row in (
+        "token_logprobs 4096x128256 bf16 fwd",
+        "token_logprobs 4096x128256 bf16 fwd+bwd",
+        "linear_logprobs 8192x4096x128256 bf16 fwd",
+        "linear_logprobs 8192x4096x128256 bf16 fwd+bwd",
+        "linear_cross_entropy 8192x4096x128256 trained head bf16 fwd+bwd",
+        "lora_linear 8192x4096->4096 r=16 bf16 fwd",
+        "lora_linear 8192x4096->4096 r=16 bf16 fwd+bwd",
+        "ppo_advantages 512x2048 fp32 fwd",
+        "ppo_advantages 8192x4096 fp32 fwd",
+        "ppo_loss 512x2048 fp32 fwd+bwd",
+        "ppo_loss 8192x2048 fp32 fwd+bwd",
+    ):
+        assert row in labels, row
+
+
+def test_events_time_a_gpu(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert machine.seconds_of(lambda: calls.append(1), 3, "cuda") == pytest.approx(2e-3)
+    assert len(calls) == 3
+
+
+def test_a_provider_that_fails_at_full_size_is_a_row(monkeypatch):
+    def large(i):
+        if len(i["x"]) > 4:
+            raise RuntimeError("CUDA out of memory")
+        return i["x"] + 1
+
+    case = harness.Case(
+        op="add",
+        shape="8",
+        dtype=torch.float32,
+        make=lambda rows: {"x": torch.randn(rows)},
+        rows=8,
+        gate_rows=4,
+        truth=lambda i: i["x"] + 1,
+        providers={"torch eager": lambda i: i["x"] + 1, "peer": large},
+        bound="copy",
+        bytes=64,
+    )
+    fast = harness.Budget(seconds=0.02, warmup=0.0, min_rounds=3)
+    rows = {row["provider"]: row for row in harness.measure(case, "cpu", {"copy": 1.0}, fast)}
+    assert rows["peer"]["status"] == "failed: RuntimeError: CUDA out of memory" and "ms_p50" not in rows["peer"]
+    assert rows["torch eager"]["status"] == "ok" and float(rows["torch eager"]["ms_p50"]) > 0
