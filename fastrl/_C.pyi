@@ -80,6 +80,22 @@ class cuda:
     ) -> None: ...
     @staticmethod
     def ppo_loss_workspace(size: int) -> int: ...
+    @staticmethod
+    def ranking_loss(
+        scores: int,
+        group_ids: int,
+        ranks: int,
+        margins: int,
+        size: int,
+        center_coef: float,
+        loss: int,
+        stats: int,
+        dscores: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def ranking_loss_workspace(size: int) -> int: ...
 
 def cpu_isa() -> str: ...
 def advise_huge_pages(data: int, bytes: int) -> None: ...

@@ -102,6 +102,27 @@ void bind_ppo_loss(py::module_& m) {
         "Doubles of workspace that ppo_loss needs.");
 }
 
+void bind_ranking_loss(py::module_& m) {
+  m.def(
+      "ranking_loss",
+      [](uintptr_t scores, uintptr_t group_ids, uintptr_t ranks, uintptr_t margins, int64_t size,
+         float center_coef, uintptr_t loss, uintptr_t stats, uintptr_t dscores, uintptr_t workspace,
+         uintptr_t stream) {
+        ranking_loss(pointer<const float>(scores), pointer<const int64_t>(group_ids),
+                     pointer<const double>(ranks), pointer<const float>(margins), size, center_coef,
+                     pointer<float>(loss), pointer<float>(stats), pointer<float>(dscores),
+                     pointer<double>(workspace), pointer<void>(stream));
+      },
+      py::arg("scores"), py::arg("group_ids"), py::arg("ranks"), py::arg("margins"),
+      py::arg("size"), py::arg("center_coef"), py::arg("loss"), py::arg("stats"),
+      py::arg("dscores"), py::arg("workspace"), py::arg("stream"),
+      "Fills loss, stats (in the order of RankingStats) and the gradient of the scores; margins "
+      "may "
+      "be absent (0). A rank that is NaN makes the loss NaN.");
+  m.def("ranking_loss_workspace", &ranking_loss_workspace, py::arg("size"),
+        "Doubles of workspace that ranking_loss needs.");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -109,6 +130,7 @@ void bind(py::module_& m) {
   bind_lora_linear(m);
   bind_ppo_advantages(m);
   bind_ppo_loss(m);
+  bind_ranking_loss(m);
 }
 
 }  // namespace fastrl::cuda

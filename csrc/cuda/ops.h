@@ -36,4 +36,10 @@ void ppo_loss(const float* logprobs, const float* values, const float* entropy,
               double* workspace, void* stream);
 int64_t ppo_loss_workspace(int64_t size);
 
+// Contributions of answers go through `workspace`, of ranking_loss_workspace(size) doubles.
+void ranking_loss(const float* scores, const int64_t* group_ids, const double* ranks,
+                  const float* margins, int64_t size, float center_coef, float* loss, float* stats,
+                  float* dscores, double* workspace, void* stream);
+int64_t ranking_loss_workspace(int64_t size);
+
 }  // namespace fastrl::cuda

@@ -44,7 +44,7 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "gae": ("cpu", "cuda"),
     "ppo_advantages": ("cpu", "cuda"),
     "ppo_loss": ("cpu", "cuda"),
-    "ranking_loss": ("cpu",),
+    "ranking_loss": ("cpu", "cuda"),
 }
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/dtypes.h

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
-from fastrl.ops.backend import _C, address, choose_for, native_op, team
+from fastrl.ops import backend as native
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
 from fastrl.reference import ranking_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -46,7 +48,8 @@ def ranking_loss(
     Args:
         scores: (N,) float32, bfloat16 or float16 (float64 runs on `reference`); differentiable.
         group_ids: (N,) int64 or int32, any numbers in any order; answers to one prompt share one.
-        ranks: (N,) integer or float, not NaN; lower is better, equal ranks form no pair.
+        ranks: (N,) integer or float, not NaN; lower is better, equal ranks form no pair. On a GPU a NaN is not looked
+            for, which would wait for the device: it makes the loss NaN, and raises only with FASTRL_DEBUG=1.
         margins: (N,) float, what answer i must beat each worse answer of its group by; a pair's margin m goes to the
             chosen answer's slot. None = 0. No gradient flows into it.
         center_coef: >= 0, pulls the scores of each pair towards a sum of 0 (TRL's center_rewards_coefficient).
@@ -70,6 +73,8 @@ def ranking_loss(
         loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
     else:
         group_ids, ranks = group_ids.long().contiguous(), ranks.double().contiguous()
+        if backend != "cpu" and os.environ.get("FASTRL_DEBUG") == "1" and not torch.compiler.is_compiling():
+            check(not bool(ranks.isnan().any()), OP, "ranks", "numbers", "nan")
         loss, stats = _RankingLoss.apply(scores, group_ids, ranks, margins, float(center_coef), backend)
     return loss, RankingStats(*stats.unbind())
 
@@ -111,9 +116,18 @@ def _loss_cpu(scores, group_ids, ranks, margins, center_coef, loss, stats, dscor
     )  # fmt: skip
 
 
+def _loss_cuda(scores, group_ids, ranks, margins, center_coef, loss, stats, dscores):
+    size = scores.numel()
+    workspace = loss.new_empty(native.cuda.ranking_loss_workspace(size), dtype=torch.float64)
+    launch_cuda(
+        "ranking_loss", scores, address(scores), address(group_ids), address(ranks), address(margins), size,
+        center_coef, address(loss), address(stats), address(dscores), address(workspace),
+    )  # fmt: skip
+
+
 _loss = native_op(
     "ranking_loss",
     "Tensor scores, Tensor group_ids, Tensor ranks, Tensor? margins, float center_coef, Tensor(a!) loss, "
     "Tensor(b!) stats, Tensor(c!) dscores",
-    {"cpu": _loss_cpu},
+    {"cpu": _loss_cpu, "cuda": _loss_cuda},
 )
