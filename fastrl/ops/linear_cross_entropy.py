@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check
-from fastrl.ops import linear_head_cpu
+from fastrl.checks import check, debugging
+from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
 from fastrl.ops.linear_logprobs import HEAD_SCHEMA, empty, input_gradients, linear_logprobs
@@ -54,7 +54,8 @@ def linear_cross_entropy(
     Returns:
         0-d float32 loss in nats; 0 with zero gradients if nothing is kept.
     Raises:
-        ValueError: shape, dtype, device or value does not fit, or a kept label is outside [0, V).
+        ValueError: shape, dtype, device or value does not fit, or a kept label is outside [0, V). On a GPU that label
+            makes the loss NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
     Numerics: as `linear_logprobs`; the gradients of the parameters are summed in float32 and rounded once.
     Cost, in products of 2 M V H FLOPs: 1 without gradients, 2 for a frozen head, 3 for a trained one; all gradients are
         formed in the forward pass and the backward pass scales them. Differentiable once.
@@ -71,13 +72,17 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             hidden, weight, labels, bias, lora, keep, temperature, softcap or 0.0, denominator
         )
-    check_range(torch.where(keep, labels, 0), len(weight), OP, "labels")
+    if backend == "cpu" or debugging():
+        check_range(torch.where(keep, labels, 0), len(weight), OP, "labels")
     if denominator is None:
         denominator = keep.sum().clamp(min=1)
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     multiplies_logits = [tensor for tensor in (weight, bias, lora_b) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in multiplies_logits):
-        upstream = -1.0 / torch.as_tensor(denominator, dtype=torch.float32, device=hidden.device)
+        if isinstance(denominator, torch.Tensor):
+            upstream = -1.0 / denominator.to(hidden.device, torch.float32)
+        else:  # filled on the device: a copy from the host would wait
+            upstream = torch.full((), -1.0 / denominator, dtype=torch.float32, device=hidden.device)
         options = (float(scaling), float(temperature), float(softcap or 0.0))
         return _LinearCrossEntropy.apply(
             hidden, weight, bias, lora_a, lora_b, labels, keep, upstream.detach(), options, backend
@@ -128,19 +133,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None
 
 
-def _forward_cpu(
-    hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
-    upstream, logprobs, row_stats, direction, dweight, dbias, dlora_b,
-):  # fmt: skip
-    linear_head_cpu.forward(
-        hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
-        logprobs, row_stats, None, direction, None, upstream, dweight, dbias, dlora_b,
-    )  # fmt: skip
+def _without_entropy(forward):
+    def run(*args):
+        *head, upstream, logprobs, row_stats, direction, dweight, dbias, dlora_b = args
+        forward(*head, logprobs, row_stats, None, direction, None, upstream, dweight, dbias, dlora_b)
+
+    return run
 
 
 _forward = native_op(
     "linear_cross_entropy_fwd",
     HEAD_SCHEMA + "Tensor upstream, Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? direction, "
     "Tensor(d!)? dweight, Tensor(e!)? dbias, Tensor(f!)? dlora_b",
-    {"cpu": _forward_cpu},
+    {
+        name: _without_entropy(forward)
+        for name, forward in {
+            "cpu": linear_head_cpu.forward,
+            **linear_head_gpu.on_each_backend(linear_head_gpu.forward),
+        }.items()
+    },
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.ops import linear_head_cpu
+from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
 from fastrl.reference import linear_logprobs as reference
@@ -50,7 +50,8 @@ def linear_logprobs(
     Returns:
         (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
     Raises:
-        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V).
+        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU that id
+            makes its position NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
     Numerics: the target's logit, all sums and every gradient's accumulation are in float32; the other logits have the
         precision of a matrix product in the dtype of hidden. log p = -log(1 + odds against), exact near 0. The same
         call gives the same bits, with or without gradients; a row's bits may change with the number of kept rows, as
@@ -172,16 +173,20 @@ _forward = native_op(
     "linear_logprobs_fwd",
     HEAD_SCHEMA + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
     "Tensor(e!)? entropy_direction",
-    {"cpu": linear_head_cpu.forward},
+    {"cpu": linear_head_cpu.forward, **linear_head_gpu.on_each_backend(linear_head_gpu.forward)},
 )
 _backward_hidden = native_op(
     "linear_logprobs_bwd_hidden",
     "Tensor direction, Tensor? entropy_direction, Tensor? mask, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dinputs",
-    {"cpu": linear_head_cpu.backward_hidden},
+    {
+        "cpu": linear_head_cpu.backward_hidden,
+        "cuda": linear_head_gpu.backward_hidden,
+        "triton": linear_head_gpu.backward_hidden,
+    },
 )
 _backward_weights = native_op(
     "linear_logprobs_bwd_weights",
     HEAD_SCHEMA + "Tensor row_stats, Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
     "Tensor(a!)? dweight, Tensor(b!)? dbias, Tensor(c!)? dlora_b",
-    {"cpu": linear_head_cpu.backward_weights},
+    {"cpu": linear_head_cpu.backward_weights, **linear_head_gpu.on_each_backend(linear_head_gpu.backward_weights)},
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, check_float, check_ids, check_mask, check_positive
-from fastrl.ops.backend import _C, address, choose, empty_large, native_op, rows, team, with_simple_rows
+from fastrl.checks import check, check_float, check_ids, check_mask, check_positive, debugging
+from fastrl.ops.backend import _C, address, choose, empty_large, native_op, rows, team, triton_kernel, with_simple_rows
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -42,7 +42,8 @@ def token_logprobs(
         (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
         A row of nothing but -inf gives log-prob -inf, entropy 0 and no gradient. A NaN logit gives NaN.
     Raises:
-        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V).
+        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU that id
+            makes its position NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
     Numerics: arithmetic and sums in fp32 with the maximum kept apart (a common offset of the logits costs nothing);
         the target's gradient is -expm1(log p), exact where p is near 1; a row's bits do not depend on the batch.
         The gradient has the dtype of the logits. Differentiable once.
@@ -52,6 +53,8 @@ def token_logprobs(
     backend = choose(OP, logits, backend)
     if backend == "reference":
         return reference.token_logprobs(logits, token_ids, mask, temperature, softcap or 0.0, return_entropy)
+    if backend != "cpu" and debugging():
+        reference.check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
     logprobs, entropy = _TokenLogprobs.apply(
         with_simple_rows(logits),
         token_ids.long().contiguous(),
@@ -131,11 +134,11 @@ _forward = native_op(
     "token_logprobs_fwd",
     "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, "
     "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy",
-    {"cpu": _forward_cpu},
+    {"cpu": _forward_cpu, "triton": triton_kernel(OP, "forward")},
 )
 _backward = native_op(
     "token_logprobs_bwd",
     "Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_stats, Tensor logprobs, Tensor entropy, "
     "Tensor dlogprobs, Tensor? dentropy, float temperature, float softcap, Tensor(a!) dlogits",
-    {"cpu": _backward_cpu},
+    {"cpu": _backward_cpu, "triton": triton_kernel(OP, "backward")},
 )
