@@ -90,7 +90,7 @@ def one_minus_exp(x):
 
 
 @triton.jit(do_not_specialize=["inner"])
-def stats_kernel(
+def token_logprobs_fwd_kernel(
     logits, token_ids, mask, partials,
     vocab, inner, outer_stride, inner_stride, scale, softcap,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -117,7 +117,7 @@ def stats_kernel(
 
 
 @triton.jit(do_not_specialize=["inner", "pieces"])
-def finish_kernel(
+def token_logprobs_combine_kernel(
     logits, token_ids, mask, partials, logprobs, row_stats, entropy,
     vocab, pieces, inner, outer_stride, inner_stride, scale, softcap,
     SOFTCAP: tl.constexpr, CHUNK: tl.constexpr,
@@ -176,7 +176,7 @@ def finish_kernel(
 
 
 @triton.jit(do_not_specialize=["begin", "inner", "out_inner"])
-def gradient_kernel(
+def token_logprobs_bwd_kernel(
     logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, out, entropy_out,
     begin, columns, inner, outer_stride, inner_stride, out_inner, out_outer_stride, out_inner_stride,
     inv_temperature, softcap,
@@ -250,12 +250,12 @@ def statistics(
     layout = rows(logits)[2:]
     scale = LOG2E.value / temperature
     launch(
-        stats_kernel, (count * pieces,), logits,
+        token_logprobs_fwd_kernel, (count * pieces,), logits,
         logits, token_ids, mask, partials, vocab, *layout, scale, softcap,
         SOFTCAP=softcap > 0, ENTROPY=entropy is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     launch(
-        finish_kernel, (count,), logits,
+        token_logprobs_combine_kernel, (count,), logits,
         logits, token_ids, mask, partials, logprobs, row_stats, entropy, vocab, pieces, *layout, scale, softcap,
         SOFTCAP=softcap > 0, CHUNK=PIECES, num_warps=1,
     )  # fmt: skip
@@ -276,11 +276,11 @@ def gradient(
     out: torch.Tensor,
     entropy_out: torch.Tensor | None = None,
 ) -> None:
-    """See `gradient_kernel`; `logits` holds the columns of the vocabulary from `begin` on."""
+    """See `token_logprobs_bwd_kernel`; `logits` holds the columns of the vocabulary from `begin` on."""
     count, columns = token_ids.numel(), logits.shape[-1]
     block, warps = GRADIENT_SMALL if columns <= GRADIENT_SMALL[0] else GRADIENT_LARGE
     launch(
-        gradient_kernel, (count * triton.cdiv(columns, block),), logits,
+        token_logprobs_bwd_kernel, (count * triton.cdiv(columns, block),), logits,
         logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, out, entropy_out,
         begin, columns, *rows(logits)[2:], *rows(out)[2:], 1.0 / temperature, softcap,
         SOFTCAP=softcap > 0, BLOCK=block, num_warps=warps,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastrl.ops import linear_head_cpu, linear_logprobs
+from fastrl.ops import linear_head_cpu, linear_head_gpu, linear_logprobs
 
 
 class HeadCase(NamedTuple):
@@ -74,3 +74,14 @@ def small_blocks(monkeypatch, rows=8, columns=64):
     """Forces many chunks of rows and blocks of the vocabulary, the last of each ragged."""
     monkeypatch.setattr(linear_head_cpu, "CHUNK_ROWS", rows)
     monkeypatch.setattr(linear_head_cpu, "BLOCK_BYTES", rows * columns * 2)
+
+
+def small_chunks(monkeypatch, rows=8, columns=64):
+    """The same on a GPU: chunks of `rows` rows forward; backward also blocks of about `columns` columns."""
+    monkeypatch.setattr(linear_head_gpu, "MIN_ROWS", rows)
+    monkeypatch.setattr(linear_head_gpu, "GRADIENT_ROWS", rows)
+    monkeypatch.setattr(linear_head_gpu, "WORKSPACE_BYTES", rows * columns * 4)
+
+
+def on(case, device):
+    return HeadCase(*(None if tensor is None else tensor.to(device) for tensor in case))

@@ -152,7 +152,7 @@ def batch_invariant() -> bool:
 def _select(hidden, token_ids, mask, head, lora_a, scaling) -> tuple[torch.Tensor | None, Rows]:
     """The indices of the kept rows, None if no row is left out, and the rows that are multiplied."""
     kept = None
-    if mask is not None and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    if mask is not None and _capturing(hidden):
         hidden = _where(mask[:, None], hidden)
     elif mask is not None:
         kept = mask.nonzero()[:, 0]  # waits for the GPU
@@ -162,6 +162,10 @@ def _select(hidden, token_ids, mask, head, lora_a, scaling) -> tuple[torch.Tenso
             hidden, token_ids = hidden.index_select(0, kept), token_ids.index_select(0, kept)
         mask = None
     return kept, Rows(hidden, _inputs(head, hidden, lora_a, scaling), token_ids, mask)
+
+
+def _capturing(tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _where(mask, tensor):
