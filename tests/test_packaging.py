@@ -93,14 +93,7 @@ def test_wheel_works_in_a_clean_environment_outside_the_checkout(wheel, tmp_path
     assert not HAS_NVCC or re.search(r"native CUDA part +built with CUDA \d+\.\d", doctor), doctor
 
 
-BLOCK = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name in {blocked!r} or name.split('.')[0] in {blocked!r}:
-            raise ImportError('blocked: ' + name)
-sys.meta_path.insert(0, Block())
-"""
+BLOCK = "import sys; sys.modules |= dict.fromkeys({blocked!r})\n"  # as if not installed
 
 
 def test_import_needs_no_triton_no_gpu_no_transformers():
@@ -121,7 +114,7 @@ def test_without_the_native_module_everything_runs_on_reference():
         "sys.exit(main(['doctor']) or 0)"
     )
     _, output = python(code)
-    assert "blocked: fastrl._C" in output and "reference" in output
+    assert "import of fastrl._C halted" in output and "reference" in output
 
 
 def test_one_openmp_runtime():
