@@ -41,10 +41,10 @@ NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("cpu", "triton"),
     "lora_linear": ("cpu", "cuda", "triton"),
     "lora_linear_group": ("cpu", "cuda", "triton"),
-    "gae": ("cpu", "cuda"),
-    "ppo_advantages": ("cpu", "cuda"),
-    "ppo_loss": ("cpu", "cuda"),
-    "ranking_loss": ("cpu", "cuda"),
+    "gae": ("cpu", "cuda", "triton"),
+    "ppo_advantages": ("cpu", "cuda", "triton"),
+    "ppo_loss": ("cpu", "cuda", "triton"),
+    "ranking_loss": ("cpu", "cuda", "triton"),
 }
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/dtypes.h

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_unit
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import gae as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -107,5 +107,5 @@ _gae = native_op(
     "gae",
     "Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? lambdas, Tensor? bootstrap_value, "
     "float gamma, float gae_lambda, Tensor(a!) advantages, Tensor(b!) returns",
-    {"cpu": _gae_cpu, "cuda": _gae_cuda},
+    {"cpu": _gae_cpu, "cuda": _gae_cuda, "triton": triton_kernel("gae", "gae")},
 )

@@ -9,7 +9,7 @@ import torch
 
 from fastrl.checks import check, check_data, check_mask, check_non_negative, check_positive, check_unit
 from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_advantages as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -193,5 +193,5 @@ _advantages = native_op(
     "int kl_estimator, float kl_clip, float score_clip, float gamma, float gae_lambda, bool center, bool scale, "
     "Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!) rewards, Tensor(d!) kl, Tensor(e!) moments, "
     "Tensor(f!) stats",
-    {"cpu": _advantages_cpu, "cuda": _advantages_cuda},
+    {"cpu": _advantages_cpu, "cuda": _advantages_cuda, "triton": triton_kernel("ppo_advantages", "ppo_advantages")},
 )

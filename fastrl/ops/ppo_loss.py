@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
 from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -208,5 +208,5 @@ _loss = native_op(
     "Tensor returns, Tensor mask, Tensor? denominator, float clip_coef, float vf_clip_coef, float vf_coef, "
     "float ent_coef, float dual_clip, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? dlogprobs, "
     "Tensor(d!)? dvalues, Tensor(e!)? dentropy",
-    {"cpu": _loss_cpu, "cuda": _loss_cuda},
+    {"cpu": _loss_cpu, "cuda": _loss_cuda, "triton": triton_kernel("ppo_loss", "ppo_loss")},
 )

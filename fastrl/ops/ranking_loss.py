@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
 from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team
+from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ranking_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -129,5 +129,5 @@ _loss = native_op(
     "ranking_loss",
     "Tensor scores, Tensor group_ids, Tensor ranks, Tensor? margins, float center_coef, Tensor(a!) loss, "
     "Tensor(b!) stats, Tensor(c!) dscores",
-    {"cpu": _loss_cpu, "cuda": _loss_cuda},
+    {"cpu": _loss_cpu, "cuda": _loss_cuda, "triton": triton_kernel("ranking_loss", "ranking_loss")},
 )
