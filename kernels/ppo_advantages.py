@@ -59,22 +59,22 @@ def advantage_rows_kernel(
         clipped = clamp(estimate, -kl_clip, kl_clip)
         last = keep & ~followed & (n == 0.0)[:, None]
         reward = tl.where(keep, -kl_coef * clipped, 0.0) + tl.where(last, clipped_score, 0.0)
-        advantage = tile_advantages(reward + gamma * next_value - value, keep, None, decay, carry)
-        carry = first_column(advantage, STEPS)
         tl.store(kl + at, clipped, mask=inside)
         tl.store(rewards + at, reward, mask=inside)
+        kl_sum += tl.sum(estimate, 1)
+        reward_sum += tl.sum(reward, 1)
+        value_sum += tl.sum(tl.where(keep, value, 0.0), 1)
+
+        advantage = tile_advantages(reward + gamma * next_value - value, keep, None, decay, carry)
+        carry = first_column(advantage, STEPS)
         tl.store(advantages + at, tl.where(keep, advantage, 0.0), mask=inside)
         tl.store(returns + at, tl.where(keep, advantage + value, 0.0), mask=inside)
-
         count = tl.sum(keep.to(tl.float32), 1)
         mean, m2 = row_moments(advantage, keep, count)
         advantage_mean, advantage_m2 = add_moments(n, advantage_mean, advantage_m2, count, mean, m2)
         mean, m2 = row_moments(advantage + value, keep, count)
         return_mean, return_m2 = add_moments(n, return_mean, return_m2, count, mean, m2)
         n += count
-        kl_sum += tl.sum(estimate, 1)
-        reward_sum += tl.sum(reward, 1)
-        value_sum += tl.sum(tl.where(keep, value, 0.0), 1)
     parts += row
     stride = rows.to(tl.int64)
     tl.store(parts, n, mask=in_rows)

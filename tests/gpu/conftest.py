@@ -14,10 +14,13 @@ import pybind11
 import pytest
 import torch
 from gpus import HAS_GPU
+from interpreter import speed_up_scans
 
 from fastrl.ops import backend
 
 ROOT = Path(__file__).parents[2]
+
+speed_up_scans()
 
 
 @pytest.fixture(scope="session")
