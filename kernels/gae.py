@@ -14,7 +14,7 @@ from fastrl.kernels.launch import launch
 
 # (rows, steps, warps) of a tile: the first that holds a row whole, else the last, several times. Rows never share
 # more than a program, so a row's bits do not depend on the batch.
-TILES = ((16, 32, 8), (8, 128, 8), (2, 512, 8), (1, 1024, 8))
+TILES = ((16, 32, 8), (4, 128, 8), (2, 512, 8), (1, 1024, 8))
 
 
 def tile_of(steps: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Device functions that several ops share: exponentials, KL estimates, means and variances, in float32."""
+"""Device functions that several ops share: exponentials, KL estimates, means and variances."""
 
 from __future__ import annotations
 
@@ -55,10 +55,17 @@ def kl_estimate(k1, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def row_moments(x, keep, count):
-    """Mean and sum of squared deviations of each row of a tile over its `count` kept elements."""
-    mean = tl.sum(tl.where(keep, x, 0.0), 1) / tl.maximum(count, 1.0)
+    """Mean (float64) and sum of squared deviations of each row of a tile over its `count` kept elements.
+
+    Deviations are from the rounded mean; their own mean corrects it: equal elements have that element as their mean.
+    """
+    scale = 1.0 / tl.maximum(count, 1.0)
+    mean = tl.sum(tl.where(keep, x, 0.0), 1) * scale
     deviation = tl.where(keep, x - mean[:, None], 0.0)
-    return mean, tl.sum(deviation * deviation, 1)
+    total = tl.sum(deviation, 1)
+    m2 = tl.sum(deviation * deviation, 1) - total * total * scale
+    correction = tl.where(total == total, total * scale, 0.0)  # an infinite mean has no deviations
+    return mean.to(tl.float64) + correction.to(tl.float64), tl.where(m2 < 0.0, 0.0, m2)
 
 
 @triton.jit
@@ -66,17 +73,18 @@ def add_moments(n, mean, m2, more_n, more_mean, more_m2):
     """Mean and M2 of two samples together, (n, mean, M2) each (Chan, Golub and LeVeque 1983)."""
     share = more_n / tl.maximum(n + more_n, 1.0)
     difference = more_mean - mean
-    return mean + difference * share, m2 + more_m2 + difference * difference * n * share
+    rounded = difference.to(tl.float32)
+    return mean + difference * share, m2 + more_m2 + rounded * rounded * n * share
 
 
 @triton.jit
 def sum_parts(parts, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of the first ROWS rows of a float32 (rows, count) array, as one float64 vector, in a fixed order."""
+    """Sums of the first ROWS rows of a float64 (rows, count) array, in a fixed order."""
     row = tl.arange(0, ROWS).to(tl.int64)[:, None] * count
     total = tl.zeros((ROWS, BLOCK), tl.float64)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)[None, :]
-        total += tl.load(parts + row + i, mask=i < count, other=0.0).to(tl.float64)
+        total += tl.load(parts + row + i, mask=i < count, other=0.0)
     return tl.sum(total, 1)
 
 
@@ -91,15 +99,15 @@ def total_moments(n, mean, m2, count, total_n, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        part_n = tl.load(n + i, mask=i < count, other=0.0).to(tl.float64)
-        total += part_n * tl.load(mean + i, mask=i < count, other=0.0).to(tl.float64)
+        part_n = tl.load(n + i, mask=i < count, other=0.0)
+        total += part_n * tl.load(mean + i, mask=i < count, other=0.0)
     total_mean = tl.sum(total, 0) / tl.maximum(total_n, 1.0)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        part_n = tl.load(n + i, mask=i < count, other=0.0).to(tl.float64)
-        difference = tl.load(mean + i, mask=i < count, other=0.0).to(tl.float64) - total_mean
-        total += tl.load(m2 + i, mask=i < count, other=0.0).to(tl.float64) + part_n * difference * difference
+        part_n = tl.load(n + i, mask=i < count, other=0.0)
+        difference = tl.load(mean + i, mask=i < count, other=0.0) - total_mean
+        total += tl.load(m2 + i, mask=i < count, other=0.0) + part_n * difference * difference
     return total_mean, tl.sum(total, 0)
 
 

@@ -40,7 +40,8 @@ def advantage_rows_kernel(
     decay = zero + gamma * gae_lambda
     after, carry = zero, zero
     n, kl_sum, reward_sum, value_sum = zero, zero, zero, zero
-    advantage_mean, advantage_m2, return_mean, return_m2 = zero, zero, zero, zero
+    advantage_m2, return_m2 = zero, zero
+    advantage_mean, return_mean = zero.to(tl.float64), zero.to(tl.float64)
     chunks = tl.cdiv(steps, STEPS)
     for i in range(chunks):
         step = (chunks - 1 - i) * STEPS + tl.arange(0, STEPS)[None, :]
@@ -153,8 +154,8 @@ def ppo_advantages(
 ) -> None:
     rows, steps = logprobs.shape
     tile_rows, tile_steps, warps = tile_of(steps)
-    work = logprobs.new_empty(PARTS * rows + 2)
-    parts, whitening = work[:-2], work[-2:]
+    parts = logprobs.new_empty(PARTS * rows, dtype=torch.float64)
+    whitening = logprobs.new_empty(2)
     launch(
         advantage_rows_kernel, (triton.cdiv(rows, tile_rows),), logprobs,
         logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_clip, score_clip, gamma, gae_lambda,
@@ -163,7 +164,7 @@ def ppo_advantages(
     )  # fmt: skip
     launch(
         advantage_totals_kernel, (1,), logprobs,
-        parts, rows, moments, stats, whitening, CENTER=center, SCALE=scale, BLOCK=512, num_warps=8,
+        parts, rows, moments, stats, whitening, CENTER=center, SCALE=scale, BLOCK=256, num_warps=8,
     )  # fmt: skip
     if center or scale:
         block = 2048

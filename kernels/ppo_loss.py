@@ -85,7 +85,7 @@ def ppo_blocks_kernel(
         if dentropy is not None:
             tl.store(dentropy + at, tl.where(keep, -ent_coef * scale, 0.0), mask=inside)
     else:
-        tl.store(parts + 3 * blocks, tl.zeros((1,), tl.float32))
+        tl.store(parts + 3 * blocks, tl.zeros((1,), tl.float64))
     kept_ratio = tl.where(keep, ratio, 0.0)
     tl.store(parts + 4 * blocks, tl.sum(tl.where(keep, exp_minus_linear(bounded, ratio), 0.0), 1))
     tl.store(parts + 5 * blocks, tl.sum(is_clipped.to(tl.float32), 1))
@@ -102,7 +102,7 @@ def ppo_blocks_kernel(
 
 @triton.jit
 def greatest(parts, count, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total = tl.maximum(total, tl.load(parts + i, mask=i < count, other=0.0))
@@ -124,9 +124,8 @@ def ppo_totals_kernel(
     tokens = tl.maximum(n, 1.0)
     index = tl.arange(0, SUMS)
     tl.store(stats + index, (sums / tl.where(index == 0, 1.0, tokens)).to(tl.float32))
-    ratio_sum = element(sums, 7, SUMS).to(tl.float32)
-    ratio_max = greatest(parts + 8 * blocks, blocks, BLOCK)
-    tl.store(stats + 8, tl.where(ratio_sum == ratio_sum, ratio_max, ratio_sum))  # NaN stays NaN
+    ratio_sum, ratio_max = element(sums, 7, SUMS), greatest(parts + 8 * blocks, blocks, BLOCK)
+    tl.store(stats + 8, tl.where(ratio_sum == ratio_sum, ratio_max, ratio_sum).to(tl.float32))  # NaN stays NaN
     _, variance = total_moments(parts, parts + 9 * blocks, parts + 10 * blocks, blocks, n, BLOCK)
     _, residual = total_moments(parts, parts + 11 * blocks, parts + 12 * blocks, blocks, n, BLOCK)
     tl.store(stats + 9, explained_variance(residual, variance).to(tl.float32))
@@ -155,7 +154,7 @@ def ppo_loss(
 ) -> None:
     size = logprobs.numel()
     blocks = triton.cdiv(size, BLOCK)
-    parts = logprobs.new_empty(PARTS * blocks)
+    parts = logprobs.new_empty(PARTS * blocks, dtype=torch.float64)
     counted = denominator is None
     if denominator is None:
         denominator = mask.sum()
@@ -167,5 +166,5 @@ def ppo_loss(
     )  # fmt: skip
     launch(
         ppo_totals_kernel, (1,), logprobs,
-        parts, blocks, denominator, vf_coef, ent_coef, loss, stats, COUNTED=counted, BLOCK=512, num_warps=8,
+        parts, blocks, denominator, vf_coef, ent_coef, loss, stats, COUNTED=counted, BLOCK=256, num_warps=8,
     )  # fmt: skip
