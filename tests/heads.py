@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastrl.ops import linear_head_cpu, linear_head_gpu, linear_logprobs
+from fastrl.ops import linear_head_chunks, linear_head_cpu, linear_logprobs
 
 
 class HeadCase(NamedTuple):
@@ -78,9 +78,9 @@ def small_blocks(monkeypatch, rows=8, columns=64):
 
 def small_chunks(monkeypatch, rows=8, columns=64):
     """The same on a GPU: chunks of `rows` rows forward; backward also blocks of about `columns` columns."""
-    monkeypatch.setattr(linear_head_gpu, "MIN_ROWS", rows)
-    monkeypatch.setattr(linear_head_gpu, "GRADIENT_ROWS", rows)
-    monkeypatch.setattr(linear_head_gpu, "WORKSPACE_BYTES", rows * columns * 4)
+    monkeypatch.setattr(linear_head_chunks, "MIN_ROWS", rows)
+    monkeypatch.setattr(linear_head_chunks, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(linear_head_chunks, "WORKSPACE_BYTES", rows * columns * 4)
 
 
 def on(case, device):

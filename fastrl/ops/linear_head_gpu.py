@@ -13,8 +13,7 @@ for. Inside a CUDA graph capture nothing may wait: all rows are multiplied, and 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,13 +21,8 @@ import torch.nn.functional as F
 
 from fastrl.checks import debugging
 from fastrl.ops.backend import address, launch_cuda, rows, triton_kernel
+from fastrl.ops.linear_head_chunks import add_product, batch_invariant, block_workspace, multiply, spans, workspace
 from fastrl.reference.token_logprobs import check_range
-
-# Bytes of a chunk's logits and their gradients. 1024 rows of a vocabulary of 128256 with gradients in 16 bits, 2048
-# without: the weight is read once for so many rows, and products of so many rows occupy a large GPU.
-WORKSPACE_BYTES = 1 << 30
-MIN_ROWS = 128  # of a chunk; all chunks but the last are multiples of it
-GRADIENT_ROWS = 8192  # of a chunk where a trained head's logits are formed again, a block of the vocabulary at a time
 
 
 class Rows(NamedTuple):
@@ -69,8 +63,8 @@ def forward(
     found = [o if o is None or kept is None else o.new_empty((count, *o.shape[1:])) for o in outputs]
     totals = _Totals(head, dweight, dbias, dlora_b)
     copies = 2 if entropy_direction is not None else int(direction is not None or upstream is not None)
-    logits, *gradients = _workspace(count, len(weight), copies, hidden)
-    for begin, end in _spans(count, len(logits)):
+    logits, *gradients = workspace(count, len(weight), copies, hidden)
+    for begin, end in spans(count, len(logits)):
         size = end - begin
         part, results = batch.span(begin, end), [None if o is None else o[begin:end] for o in found]
         padded = len(logits) if batch_invariant() else size
@@ -98,7 +92,7 @@ def backward_weights(
 ):  # fmt: skip
     """See linear_head_cpu.backward_weights.
 
-    Blocks of the vocabulary outside, chunks of rows inside: of up to GRADIENT_ROWS rows, the product itself sums a
+    Blocks of the vocabulary outside, chunks of rows inside: of up to BLOCK_ROWS rows, the product itself sums a
     block's gradient over all rows in float32 and rounds it once, and nothing as large as the weight is kept beside it.
     """
     head = _head(weight, bias, lora_b)
@@ -108,16 +102,13 @@ def backward_weights(
         for tensor in (row_stats, logprobs, entropy, dlogprobs, dentropy)
     ]
     count = len(batch.token_ids)
-    at_most = min(max(count, 1), GRADIENT_ROWS)
-    columns = WORKSPACE_BYTES // (at_most * _element_bytes(1, hidden)) // MIN_ROWS * MIN_ROWS
-    blocks = list(_spans(len(weight), max(columns, MIN_ROWS)))
-    logits, gradient = _workspace_of(at_most, blocks[0][1], 1, hidden, may_shrink=True)
-    spans = list(_spans(count, len(logits)))
-    for begin, end in blocks:
+    logits, gradient = block_workspace(count, len(weight), hidden)
+    chunks = list(spans(count, len(logits)))
+    for begin, end in spans(len(weight), logits.shape[1]):
         block = head.block(begin, end)
         dw, db, dl = (None if g is None else g[begin:end] for g in (dweight, dbias, dlora_b))
-        totals = _Totals(block, dw, db, dl, chunks=len(spans))
-        for start, stop in spans:
+        totals = _Totals(block, dw, db, dl, chunks=len(chunks))
+        for start, stop in chunks:
             part = batch.span(start, stop)
             z, dz = logits[: stop - start, : end - begin], gradient[: stop - start, : end - begin]
             _multiply_head(block, part, z)
@@ -136,17 +127,6 @@ def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, din
         torch.mul(*by_logprob, out=dinputs)
     else:
         torch.add(torch.mul(*by_logprob), entropy_direction * _where(mask, dentropy)[:, None], out=dinputs)
-
-
-def batch_invariant() -> bool:
-    """Whether FASTRL_BATCH_INVARIANT=1 asks for rows whose bits do not depend on the other rows of the call.
-
-    A library picks its kernel, and with it the order of a row's sums, by the shape of the product. In this mode every
-    product has the same shape: chunks of as many rows as the vocabulary and dtype allow, with or without gradients, the
-    last one filled up with zeros. What remains to the library is that a kernel sums all rows in one order, which holds
-    for kernels that split the inner dimension evenly. A few rows then cost as much as a chunk.
-    """
-    return os.environ.get("FASTRL_BATCH_INVARIANT", "") not in ("", "0")
 
 
 def _select(hidden, token_ids, mask, head, lora_a, scaling) -> tuple[torch.Tensor | None, Rows]:
@@ -194,23 +174,23 @@ def _multiply_head(head, batch, logits):
     missing = (0, 0, 0, len(logits) - len(batch.hidden))
     hidden = F.pad(batch.hidden, missing) if missing[3] else batch.hidden
     if batch.inputs is None:
-        _multiply(hidden, head.weight.t(), logits)
+        multiply(hidden, head.weight.t(), logits)
     else:
-        _multiply(F.pad(batch.inputs, missing) if missing[3] else batch.inputs, head.columns.t(), logits)
-        _add_product(hidden, head.weight.t(), logits)
+        multiply(F.pad(batch.inputs, missing) if missing[3] else batch.inputs, head.columns.t(), logits)
+        add_product(hidden, head.weight.t(), logits)
 
 
 def _direction(head, gradient, lora_a, scaling, out):
     """out (n, H + r) = gradient @ [weight, lora_b], and what reaches hidden through the adapter added to it."""
     size, width = out.shape
     if head.rank == 0 and len(gradient) == size:
-        return _multiply(gradient, head.weight, out)
+        return multiply(gradient, head.weight, out)
     # In float32 where two products are added; of all rows where the chunk is filled up.
     full = out.new_empty(len(gradient), width, dtype=out.dtype if head.rank == 0 else torch.float32)
     hidden, inner = full.split([width - head.rank, head.rank], 1)
-    _multiply(gradient, head.weight, hidden)
+    multiply(gradient, head.weight, hidden)
     if head.rank > 0:
-        _multiply(gradient, head.columns[:, : head.rank], inner)
+        multiply(gradient, head.columns[:, : head.rank], inner)
         hidden.addmm_(inner, lora_a.float(), alpha=scaling)
     out.copy_(full[:size])
 
@@ -234,7 +214,7 @@ class _Totals:
     def add(self, dlogits, batch):
         for total, x in ((self.weight, batch.hidden), (self.columns, batch.inputs)):
             if total is not None:
-                (_multiply if self.empty else _add_product)(dlogits.t(), x, total)
+                (multiply if self.empty else add_product)(dlogits.t(), x, total)
         self.empty = False
 
     def finish(self, factor=None):
@@ -246,98 +226,6 @@ class _Totals:
                 torch.mul(total, factor, out=gradient)
             elif gradient is not total:
                 gradient.copy_(total)
-
-
-def _multiply(a, b, out):
-    """out = a @ b, of 16-bit matrices also in float32."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif out.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # torch has that on GPUs alone
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _add_product(a, b, out):
-    """out += a @ b, of 16-bit matrices also in float32."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out)
-    elif not out.is_cuda:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
-    elif _adds_to_float32():
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out += torch.mm(a, b, out_dtype=out.dtype)
-
-
-@functools.cache
-def _adds_to_float32() -> bool:
-    """Whether this torch adds a product of 16-bit matrices to a float32 one; the first with out_dtype do not."""
-    x = torch.zeros(8, 8, dtype=torch.bfloat16, device="cuda")
-    total = x.float()
-    try:
-        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _workspace(count, vocab, copies, like):
-    """Buffers for a chunk of at most `count` rows: see `_workspace_of`. Their length is the chunk's."""
-    element = 4 + 2 * like.element_size() if batch_invariant() else _element_bytes(copies, like)
-    at_most = max(MIN_ROWS, WORKSPACE_BYTES // (vocab * element))
-    at_most = 1 << (at_most.bit_length() - 1)
-    if batch_invariant():
-        return _workspace_of(at_most, vocab, copies, like)
-    return _workspace_of(min(at_most, count), vocab, copies, like, may_shrink=True)
-
-
-def _element_bytes(copies, like):
-    """Bytes of a logit and its gradients; the first of float32 gradients takes the place of the logits."""
-    return 4 + like.element_size() * copies - (4 if copies and like.dtype == torch.float32 else 0)
-
-
-def _workspace_of(count, columns, copies, like, may_shrink=False):
-    """float32 logits (count, columns) and `copies` matrices for their gradients in the dtype of `like`.
-
-    A row takes a multiple of 64 elements, so that every row is aligned whatever the vocabulary. If memory is short and
-    the rows may be fewer, their number is halved down to MIN_ROWS.
-    """
-    stride = -(-columns // 64) * 64
-    in_place = copies > 0 and like.dtype == torch.float32
-    while True:
-        try:
-            logits = torch.empty(count, stride, dtype=torch.float32, device=like.device)
-            others = [
-                torch.empty(count, stride, dtype=like.dtype, device=like.device) for _ in range(copies - in_place)
-            ]
-            return [buffer[:, :columns] for buffer in [logits] * (1 + in_place) + others]
-        except torch.OutOfMemoryError as error:
-            if not may_shrink or count <= MIN_ROWS:
-                raise torch.OutOfMemoryError(_no_memory(count, columns, copies, like)) from error
-        count = max(MIN_ROWS, count // 2)
-
-
-def _no_memory(count, columns, copies, like):
-    asked = count * columns * _element_bytes(copies, like) >> 20
-    free = torch.cuda.mem_get_info(like.device)[0] >> 20 if like.is_cuda else 0
-    return (
-        f"linear head: workspace: expected {asked} MiB for {count} rows of {columns} logits, got {free} MiB free on "
-        f"{like.device}; free memory on the device, e.g. with a smaller batch or torch.cuda.empty_cache()"
-    )
-
-
-def _spans(length: int, at_most: int) -> Iterator[tuple[int, int]]:
-    """Spans that cover range(length), none longer than the first; nearly equal multiples of MIN_ROWS where that may be.
-
-    In batch-invariant mode all but the last are `at_most` long.
-    """
-    step = at_most
-    if length > at_most and not batch_invariant():
-        step = -(-length // -(-length // at_most))
-        step = min(at_most, -(-step // MIN_ROWS) * MIN_ROWS)
-    for begin in range(0, length, max(step, 1)):
-        yield begin, min(begin + step, length)
 
 
 def on_each_backend(function) -> dict[str, Callable[..., None]]:

@@ -55,7 +55,8 @@ def linear_logprobs(
     Numerics: the target's logit, all sums and every gradient's accumulation are in float32; the other logits have the
         precision of a matrix product in the dtype of hidden. log p = -log(1 + odds against), exact near 0. The same
         call gives the same bits, with or without gradients; a row's bits may change with the number of kept rows, as
-        those of a library product do. Differentiable once.
+        those of a library product do (on a GPU, FASTRL_BATCH_INVARIANT=1 keeps them: see linear_head_chunks.py).
+        Differentiable once.
     Cost, in products of 2 M V H FLOPs: 1 without gradients; 2 for a frozen head, all in the forward pass, which saves
         the (M, H) direction W_i - sum_v p_v W_v for any upstream (1 more with entropy); 4 for a trained head; 3 where
         only an adapter or bias is trained.

@@ -10,7 +10,7 @@ from oracle import assert_as_accurate, strided_variants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastrl.ops import linear_head_gpu, linear_logprobs
+from fastrl.ops import linear_head_chunks, linear_head_gpu, linear_logprobs
 from fastrl.ops.backend import NATIVE_BACKENDS
 
 HEADS = {"plain": {}, "bias": {"bias": True}, "lora": {"lora": True}, "bias and lora": {"bias": True, "lora": True}}
@@ -255,7 +255,7 @@ def test_batch_invariance(native, device, monkeypatch):
 
 def test_short_memory_shrinks_the_chunks(native, device, monkeypatch):
     """The workspace that memory has no room for is halved; at the least number of rows the error says what to do."""
-    monkeypatch.setattr(linear_head_gpu, "MIN_ROWS", 8)
+    monkeypatch.setattr(linear_head_chunks, "MIN_ROWS", 8)
     case = on(head_case(rows=40), device)
     want = results(case, backend=native)
     at_most, empty, asked = 16, torch.empty, []
@@ -267,7 +267,7 @@ def test_short_memory_shrinks_the_chunks(native, device, monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(*shape, **options)
 
-    monkeypatch.setattr(linear_head_gpu.torch, "empty", limited)
+    monkeypatch.setattr(linear_head_chunks.torch, "empty", limited)
     found = results(case, backend=native)
     assert asked[:3] == [40, 20, 10] and set(asked) == {40, 20, 10}
     for name, value in found.items():
@@ -347,7 +347,7 @@ def test_large(native, device, rows, vocab, width):
     before = torch.cuda.memory_allocated()
     found = results(case, backend=native, trained=("hidden",))
     saved = 4 * case.hidden.nbytes + rows * 64
-    assert torch.cuda.max_memory_allocated() - before <= linear_head_gpu.WORKSPACE_BYTES * 1.1 + saved  # T31
+    assert torch.cuda.max_memory_allocated() - before <= linear_head_chunks.WORKSPACE_BYTES * 1.1 + saved  # T31
     some = torch.arange(0, rows, rows // 50, device=device)
     part = case._replace(hidden=case.hidden[some], token_ids=case.token_ids[some], upstream=case.upstream[:, some])
     eager = results(part, backend="reference", trained=("hidden",))
