@@ -125,7 +125,7 @@ def run_part(part: str, steps: Iterator[Step], folder: Path, seconds: float = PA
 
 def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
     """Runs the command in a process group of its own; the output goes to a log and, its end, to the terminal."""
-    if seconds <= 0:
+    if seconds < 0.1:
         return Outcome(part, step.name, "no time left", 0, "")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{part}-{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
@@ -133,7 +133,7 @@ def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
     start = time.monotonic()
     with log.open("w") as file:
         try:
-            command = ["timeout", "--kill-after=10", f"{seconds:.0f}", *step.command]  # ends the whole group
+            command = ["timeout", "--kill-after=10", f"{seconds:.1f}", *step.command]  # ends the whole group
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
             status = {0: "ok", 124: "too slow", 137: "too slow"}.get(code, f"failed ({code})")
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 import time
@@ -48,7 +49,7 @@ def environment(device: str) -> dict[str, str]:
         "triton": _version("triton"),
         "cuda": cuda_versions() if device != "cpu" else "",
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("FASTRL_COMMIT", ""),
         "dirty": "yes" if _git("status", "--porcelain", "--untracked-files=no") else "no",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }
