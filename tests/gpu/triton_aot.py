@@ -8,6 +8,7 @@ nothing runs. Prints one JSON list on the last line: the fields of gpu.budgets.U
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -22,9 +23,10 @@ from triton.backends.compiler import GPUTarget
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from conformance.calls import Call, all_calls, evaluate  # noqa: E402
+from conformance.calls import Call, all_calls, evaluate, flatten  # noqa: E402
 from gpu.budgets import Usage  # noqa: E402
 
+from fastrl import ops  # noqa: E402
 from fastrl.kernels import launch as launching  # noqa: E402
 from fastrl.ops import backend  # noqa: E402
 
@@ -89,6 +91,26 @@ def calls() -> list[Call]:
     ]
 
 
+def run_other_options() -> None:
+    """What `calls` leaves out: flags of the kernels that its arguments do not reach."""
+    ids, mask, row = torch.zeros(6, dtype=torch.long), torch.ones(2, 300, dtype=torch.bool), torch.randn(2, 300)
+    weight = torch.randn(5000, 64, dtype=torch.bfloat16)
+    for softcap, entropy in itertools.product((None, 30.0), (False, True)):
+        options = {"softcap": softcap, "return_entropy": entropy, "backend": "triton"}
+        hidden = torch.randn(6, 64, dtype=torch.bfloat16, requires_grad=True)
+        heads = [
+            ops.linear_logprobs(hidden, weight, ids, **options),
+            ops.token_logprobs(hidden @ weight.T, ids, **options),
+        ]
+        torch.autograd.backward([part.sum() for part in flatten(heads)])
+    ops.gae(row, row, backend="triton")
+    for estimator, whiten in itertools.product(("k1", "k2", "k3"), (False, True)):
+        options = {"kl_estimator": estimator, "center": whiten, "scale": whiten, "backend": "triton"}
+        ops.ppo_advantages(row, row, row, row[:, 0], mask, **options)
+    loss, _ = ops.ppo_loss(row.clone().requires_grad_(), row, row, row, row, row, mask, backend="triton")
+    loss.backward()
+
+
 def main(arch: int) -> None:
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(NoDriver(arch))
@@ -98,6 +120,7 @@ def main(arch: int) -> None:
         evaluate(call)
         if "mask" in call.tensors and not call.name.startswith("ppo_"):  # elsewhere it may be left out
             evaluate(call, {**call.tensors, "mask": None})  # type: ignore[dict-item]
+    run_other_options()
     usages = [usage_of(name, kernel, f"sm_{arch}") for name, kernel in compiled.values()]
     print(json.dumps(usages))
 
