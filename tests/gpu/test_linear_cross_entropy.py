@@ -69,6 +69,17 @@ def test_matches_float64(native, device, monkeypatch, dtype, chunks, head):
     assert all(actual[name].dtype == dtype for name in actual if name != "loss")  # T30
 
 
+def test_weight_gradient_is_summed_in_float32(native, device, monkeypatch):
+    """T2: the error of a 16-bit weight's gradient does not grow with the number of chunks."""
+    case = on(head_case(rows=96, vocab=40, dtype=DTYPES[-1]), device)
+    options = {"trained": ("weight",), "denominator": 1.0}
+    truth = results(case.to(torch.float64), backend="reference", **options)["weight"]
+    one = results(case, backend=native, **options)["weight"]
+    small_chunks(monkeypatch, rows=4)
+    many = results(case, backend=native, **options)["weight"]
+    assert (many - truth).abs().max() <= 1.2 * (one - truth).abs().max()
+
+
 def test_equals_torch(native, device):
     """T8, pitfall 17: F.cross_entropy of the logits, its mean over labels that are not -100, 0 and V - 1 among them."""
     case = case_with_ignored(device)
