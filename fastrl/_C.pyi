@@ -24,6 +24,50 @@ class cuda:
         stream: int,
     ) -> None: ...
     @staticmethod
+    def lora_da(
+        x: int,
+        x_stride: int,
+        ddown: int,
+        dtype: int,
+        rows: int,
+        cols: int,
+        rank: int,
+        seed: int,
+        threshold: int,
+        workspace: int,
+        da: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def lora_da_workspace(rows: int, cols: int, rank: int) -> int: ...
+    @staticmethod
+    def lora_down(
+        x: int,
+        x_stride: int,
+        lora_a: int,
+        dtype: int,
+        rows: int,
+        cols: int,
+        rank: int,
+        seed: int,
+        threshold: int,
+        down: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def lora_dx(
+        ddown: int,
+        lora_a: int,
+        dtype: int,
+        rows: int,
+        cols: int,
+        rank: int,
+        seed: int,
+        threshold: int,
+        dx: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
     def lora_dropout(matrix: int, dtype: int, rows: int, cols: int, seed: int, threshold: int, stream: int) -> None: ...
     @staticmethod
     def ppo_advantages(

@@ -41,6 +41,45 @@ void bind_lora_linear(py::module_& m) {
       py::arg("threshold"), py::arg("stream"),
       "Zeroes, in place, the elements of a contiguous matrix whose Philox word is below threshold; "
       "the seed is read from its address.");
+  m.def(
+      "lora_down",
+      [](uintptr_t x, int64_t x_stride, uintptr_t lora_a, int dtype, int64_t rows, int64_t cols,
+         int64_t rank, uintptr_t seed, uint32_t threshold, uintptr_t down, uintptr_t stream) {
+        lora_down(pointer<const void>(x), x_stride, pointer<const void>(lora_a), dtype, rows, cols,
+                  rank, pointer<const int64_t>(seed), threshold, pointer<void>(down),
+                  pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("x_stride"), py::arg("lora_a"), py::arg("dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("rank"), py::arg("seed"), py::arg("threshold"), py::arg("down"),
+      py::arg("stream"),
+      "down (rows, rank) = D(x) lora_a^T in bfloat16 or float16, with the dropout D of "
+      "lora_dropout; "
+      "none if the seed's address is 0.");
+  m.def(
+      "lora_da",
+      [](uintptr_t x, int64_t x_stride, uintptr_t ddown, int dtype, int64_t rows, int64_t cols,
+         int64_t rank, uintptr_t seed, uint32_t threshold, uintptr_t workspace, uintptr_t da,
+         uintptr_t stream) {
+        lora_da(pointer<const void>(x), x_stride, pointer<const void>(ddown), dtype, rows, cols,
+                rank, pointer<const int64_t>(seed), threshold, pointer<float>(workspace),
+                pointer<void>(da), pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("x_stride"), py::arg("ddown"), py::arg("dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("rank"), py::arg("seed"), py::arg("threshold"), py::arg("workspace"),
+      py::arg("da"), py::arg("stream"),
+      "da (rank, cols) = ddown^T D(x), ddown being (rows, rank); as lora_down.");
+  m.def("lora_da_workspace", &lora_da_workspace, py::arg("rows"), py::arg("cols"), py::arg("rank"),
+        "Floats of workspace that lora_da needs.");
+  m.def(
+      "lora_dx",
+      [](uintptr_t ddown, uintptr_t lora_a, int dtype, int64_t rows, int64_t cols, int64_t rank,
+         uintptr_t seed, uint32_t threshold, uintptr_t dx, uintptr_t stream) {
+        lora_dx(pointer<const void>(ddown), pointer<const void>(lora_a), dtype, rows, cols, rank,
+                pointer<const int64_t>(seed), threshold, pointer<void>(dx), pointer<void>(stream));
+      },
+      py::arg("ddown"), py::arg("lora_a"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
+      py::arg("rank"), py::arg("seed"), py::arg("threshold"), py::arg("dx"), py::arg("stream"),
+      "dx (rows, cols) = D(ddown lora_a); as lora_down.");
 }
 
 void bind_ppo_advantages(py::module_& m) {

@@ -18,6 +18,20 @@ void gae(const float* rewards, const float* values, const bool* mask, const bool
 void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
                   uint32_t threshold, void* stream);
 
+// With D the dropout of the (rows, cols) matrix x, none if seed is null; dtype bf16 or fp16.
+// down (rows, rank) = D(x) lora_a^T; da (rank, cols) = ddown^T D(x), through `workspace`, of
+// lora_da_workspace(rows, cols, rank) floats; dx (rows, cols) = D(ddown lora_a). x, lora_a and dx
+// have a multiple of 4 columns and rows that start at multiples of 8 bytes.
+void lora_down(const void* x, int64_t x_stride, const void* lora_a, int dtype, int64_t rows,
+               int64_t cols, int64_t rank, const int64_t* seed, uint32_t threshold, void* down,
+               void* stream);
+void lora_da(const void* x, int64_t x_stride, const void* ddown, int dtype, int64_t rows,
+             int64_t cols, int64_t rank, const int64_t* seed, uint32_t threshold, float* workspace,
+             void* da, void* stream);
+int64_t lora_da_workspace(int64_t rows, int64_t cols, int64_t rank);
+void lora_dx(const void* ddown, const void* lora_a, int dtype, int64_t rows, int64_t cols,
+             int64_t rank, const int64_t* seed, uint32_t threshold, void* dx, void* stream);
+
 // Partial sums go through `workspace`, of ppo_advantages_workspace(rows) doubles.
 void ppo_advantages(const float* logprobs, const float* ref_logprobs, const float* values,
                     const float* scores, const bool* mask, int64_t rows, int64_t steps,

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -118,6 +119,18 @@ T exchange(T value, int source) {
   if (source >= 0 && source < kWarpSize) std::memcpy(&value, warp().slots[source], sizeof(T));
   wait(warp().barrier);
   return value;
+}
+
+// What every lane of the warp holds in `value`.
+template <typename T>
+std::array<T, kWarpSize> gather(const T& value) {
+  static_assert(sizeof(T) <= 16, "lanes hand over at most 16 bytes here");
+  std::array<T, kWarpSize> values;
+  std::memcpy(warp().slots[lane()], &value, sizeof(T));
+  wait(warp().barrier);
+  for (int i = 0; i < kWarpSize; ++i) std::memcpy(&values[i], warp().slots[i], sizeof(T));
+  wait(warp().barrier);
+  return values;
 }
 
 inline void finish() {
@@ -233,12 +246,9 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return host_cuda::exchange(value, host_cuda::lane() + static_cast<int>(delta));
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
-  const unsigned char vote = predicate != 0;
-  host_cuda::warp().slots[host_cuda::lane()][0] = vote;
-  host_cuda::wait(host_cuda::warp().barrier);
+  const auto votes = host_cuda::gather(predicate != 0);
   unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(host_cuda::warp().slots[i][0]) << i;
-  host_cuda::wait(host_cuda::warp().barrier);
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(votes[i]) << i;
   return bits;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
