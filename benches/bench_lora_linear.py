@@ -66,6 +66,9 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
             **ours("lora_linear", device, dtype, lambda i, backend: fused(i, numbers, backend)),
         },
         floors={"bare GEMMs": lambda i: tuple(linear(i["x"], i[f"weight{n}"]) for n in numbers)},
+        # a GPU reads the weights more slowly than it multiplies few rows with them
+        bound="read" if device == "cuda" and rows < 256 else "gemm",
+        bytes=2 * (rows * k + (k + rows) * sum(outs)) * (2 if wrt else 1),
         flops=2 * products,
     )
 
