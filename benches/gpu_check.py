@@ -55,7 +55,8 @@ def build(gpu: Gpu, folder: Path) -> Iterator[Step]:
 
 
 def tests(gpu: Gpu, folder: Path) -> Iterator[Step]:
-    yield Step("tests/gpu", [*PYTEST, "tests/gpu"])
+    workers = ["-n", "4", "--dist", "loadfile"] if find_spec("xdist") else []  # Triton compiles on the CPU
+    yield Step("tests/gpu", [*PYTEST, *workers, "tests/gpu"])
 
 
 def sanitize(gpu: Gpu, folder: Path) -> Iterator[Step]:
