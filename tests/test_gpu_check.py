@@ -49,6 +49,12 @@ def test_every_part_has_steps(tmp_path, part):
     assert H100.csv.name == "nvidia-h100-80gb-hbm3.csv"
 
 
+def test_the_sanitizers_watch_every_triton_kernel():
+    from gpu.test_triton_aot import entry_points
+
+    assert entry_points() <= set(gpu_check.triton_kernels())
+
+
 def test_failures_do_not_stop_the_rest(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "this_gpu", lambda: H100)
     monkeypatch.setattr(gpu_check, "build", lambda gpu, folder: iter([python("raise SystemExit(1)")]))
