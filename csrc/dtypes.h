@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace fastrl {
 
@@ -33,6 +34,15 @@ auto dispatch_dtype(int dtype, const char* op, Body&& body) {
   throw std::invalid_argument(
       std::string(op) + ": dtype code: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " +
       std::to_string(dtype));
+}
+
+// Turns run-time flags into template arguments: body(std::true_type{}, std::false_type{}).
+template <typename Body>
+void dispatch_flags(bool first, bool second, Body&& body) {
+  auto with_second = [&](auto a) {
+    second ? body(a, std::true_type{}) : body(a, std::false_type{});
+  };
+  first ? with_second(std::true_type{}) : with_second(std::false_type{});
 }
 
 }  // namespace fastrl

@@ -24,6 +24,40 @@ class cuda:
         stream: int,
     ) -> None: ...
     @staticmethod
+    def linear_head_rows(
+        logits: Rows,
+        token_ids: int,
+        mask: int,
+        rows: int,
+        vocab: int,
+        inv_temperature: float,
+        softcap: float,
+        logprobs: int,
+        row_stats: int,
+        entropy: int,
+        out: Rows,
+        entropy_out: Rows,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def linear_head_gradient(
+        logits: Rows,
+        token_ids: int,
+        mask: int,
+        begin: int,
+        rows: int,
+        columns: int,
+        row_stats: int,
+        logprobs: int,
+        entropy: int,
+        dlogprobs: int,
+        dentropy: int,
+        inv_temperature: float,
+        softcap: float,
+        out: Rows,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
     def lora_da(
         x: int,
         x_stride: int,
@@ -140,6 +174,40 @@ class cuda:
     ) -> None: ...
     @staticmethod
     def ranking_loss_workspace(size: int) -> int: ...
+    @staticmethod
+    def token_logprobs_workspace(rows: int, vocab: int, dtype: int) -> int: ...
+    @staticmethod
+    def token_logprobs_fwd(
+        logits: Rows,
+        token_ids: int,
+        mask: int,
+        rows: int,
+        vocab: int,
+        inv_temperature: float,
+        softcap: float,
+        logprobs: int,
+        row_stats: int,
+        entropy: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def token_logprobs_bwd(
+        logits: Rows,
+        token_ids: int,
+        mask: int,
+        row_stats: int,
+        logprobs: int,
+        entropy: int,
+        dlogprobs: int,
+        dentropy: int,
+        rows: int,
+        vocab: int,
+        inv_temperature: float,
+        softcap: float,
+        dlogits: Rows,
+        stream: int,
+    ) -> None: ...
 
 def cpu_isa() -> str: ...
 def advise_huge_pages(data: int, bytes: int) -> None: ...

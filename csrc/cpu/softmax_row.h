@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "simd.h"
 
@@ -181,15 +180,6 @@ void softmax_row_gradient(const T* logits, int64_t vocab, int64_t token_id, cons
     store_partial(out + i, vocab - i, gradient(load_partial(logits + i, vocab - i, -kInf)));
   }
   if (token_id >= 0) store_scalar(out + token_id, d);
-}
-
-// Turns run-time flags into template arguments: body(std::true_type{}, std::false_type{}).
-template <typename Body>
-void dispatch_flags(bool first, bool second, Body&& body) {
-  auto with_second = [&](auto a) {
-    second ? body(a, std::true_type{}) : body(a, std::false_type{});
-  };
-  first ? with_second(std::true_type{}) : with_second(std::false_type{});
 }
 
 }  // namespace fastrl::cpu::FASTRL_ISA

@@ -29,6 +29,43 @@ void bind_gae(py::module_& m) {
       "bootstrap_value may be absent (0).");
 }
 
+void bind_linear_head(py::module_& m) {
+  m.def(
+      "linear_head_rows",
+      [](const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t rows, int64_t vocab,
+         float inv_temperature, float softcap, uintptr_t logprobs, uintptr_t row_stats,
+         uintptr_t entropy, const py::tuple& out, const py::tuple& entropy_out, uintptr_t stream) {
+        linear_head_rows(
+            rows_of(logits), pointer<const int64_t>(token_ids), pointer<const bool>(mask), rows,
+            vocab, inv_temperature, softcap, pointer<float>(logprobs), pointer<float>(row_stats),
+            pointer<float>(entropy), rows_of(out), rows_of(entropy_out), pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
+      py::arg("inv_temperature"), py::arg("softcap"), py::arg("logprobs"), py::arg("row_stats"),
+      py::arg("entropy"), py::arg("out"), py::arg("entropy_out"), py::arg("stream"),
+      "Results of float32 rows and, where out's address is not 0, the gradient of each log-prob "
+      "(and entropy) with respect to the logits; out may be the logits' own memory.");
+  m.def(
+      "linear_head_gradient",
+      [](const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t begin, int64_t rows,
+         int64_t columns, uintptr_t row_stats, uintptr_t logprobs, uintptr_t entropy,
+         uintptr_t dlogprobs, uintptr_t dentropy, float inv_temperature, float softcap,
+         const py::tuple& out, uintptr_t stream) {
+        linear_head_gradient(rows_of(logits), pointer<const int64_t>(token_ids),
+                             pointer<const bool>(mask), begin, rows, columns,
+                             pointer<const float>(row_stats), pointer<const float>(logprobs),
+                             pointer<const float>(entropy), pointer<const float>(dlogprobs),
+                             pointer<const float>(dentropy), inv_temperature, softcap, rows_of(out),
+                             pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("begin"), py::arg("rows"),
+      py::arg("columns"), py::arg("row_stats"), py::arg("logprobs"), py::arg("entropy"),
+      py::arg("dlogprobs"), py::arg("dentropy"), py::arg("inv_temperature"), py::arg("softcap"),
+      py::arg("out"), py::arg("stream"),
+      "Gradient of float32 logits that hold the vocabulary's columns from begin on; out may be "
+      "the logits' own memory.");
+}
+
 void bind_lora_linear(py::module_& m) {
   m.def(
       "lora_dropout",
@@ -162,14 +199,54 @@ void bind_ranking_loss(py::module_& m) {
         "Doubles of workspace that ranking_loss needs.");
 }
 
+void bind_token_logprobs(py::module_& m) {
+  m.def("token_logprobs_workspace", &token_logprobs_workspace, py::arg("rows"), py::arg("vocab"),
+        py::arg("dtype"), "Bytes of workspace that the forward needs; 0 for none.");
+  m.def(
+      "token_logprobs_fwd",
+      [](const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t rows, int64_t vocab,
+         float inv_temperature, float softcap, uintptr_t logprobs, uintptr_t row_stats,
+         uintptr_t entropy, uintptr_t workspace, uintptr_t stream) {
+        token_logprobs_fwd(
+            rows_of(logits), pointer<const int64_t>(token_ids), pointer<const bool>(mask), rows,
+            vocab, inv_temperature, softcap, pointer<float>(logprobs), pointer<float>(row_stats),
+            pointer<float>(entropy), pointer<void>(workspace), pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
+      py::arg("inv_temperature"), py::arg("softcap"), py::arg("logprobs"), py::arg("row_stats"),
+      py::arg("entropy"), py::arg("workspace"), py::arg("stream"),
+      "Log-prob of each token, (max, log-sum) of each row and, if entropy is not 0, its "
+      "entropy.");
+  m.def(
+      "token_logprobs_bwd",
+      [](const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, uintptr_t row_stats,
+         uintptr_t logprobs, uintptr_t entropy, uintptr_t dlogprobs, uintptr_t dentropy,
+         int64_t rows, int64_t vocab, float inv_temperature, float softcap,
+         const py::tuple& dlogits, uintptr_t stream) {
+        token_logprobs_bwd(rows_of(logits), pointer<const int64_t>(token_ids),
+                           pointer<const bool>(mask), pointer<const float>(row_stats),
+                           pointer<const float>(logprobs), pointer<const float>(entropy),
+                           pointer<const float>(dlogprobs), pointer<const float>(dentropy), rows,
+                           vocab, inv_temperature, softcap, rows_of(dlogits),
+                           pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("row_stats"),
+      py::arg("logprobs"), py::arg("entropy"), py::arg("dlogprobs"), py::arg("dentropy"),
+      py::arg("rows"), py::arg("vocab"), py::arg("inv_temperature"), py::arg("softcap"),
+      py::arg("dlogits"), py::arg("stream"),
+      "Gradient of the logits; dlogits may be the logits' own memory.");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   bind_gae(m);
+  bind_linear_head(m);
   bind_lora_linear(m);
   bind_ppo_advantages(m);
   bind_ppo_loss(m);
   bind_ranking_loss(m);
+  bind_token_logprobs(m);
 }
 
 }  // namespace fastrl::cuda

@@ -15,6 +15,23 @@ void gae(const float* rewards, const float* values, const bool* mask, const bool
          const float* lambdas, const float* bootstrap_value, int64_t rows, int64_t steps,
          float gamma, float gae_lambda, float* advantages, float* returns, void* stream);
 
+// What the heads run on chunks of float32 logits between the library's multiplications. `out` has
+// any of the dtypes and may be the logits' own memory; absent rows have data == nullptr.
+//
+// Log-prob, statistics and entropy of each row, and if `out` is there d logprob / d logit in it
+// (then row_stats must be), and if `entropy_out` is there d entropy / d logit in it (then entropy
+// must be).
+void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
+                      int64_t vocab, float inv_temperature, float softcap, float* logprobs,
+                      float* row_stats, float* entropy, Rows out, Rows entropy_out, void* stream);
+
+// As token_logprobs_bwd, of logits that hold the columns of the vocabulary from `begin` on.
+void linear_head_gradient(Rows logits, const int64_t* token_ids, const bool* mask, int64_t begin,
+                          int64_t rows, int64_t columns, const float* row_stats,
+                          const float* logprobs, const float* entropy, const float* dlogprobs,
+                          const float* dentropy, float inv_temperature, float softcap, Rows out,
+                          void* stream);
+
 void lora_dropout(void* matrix, int dtype, int64_t rows, int64_t cols, const int64_t* seed,
                   uint32_t threshold, void* stream);
 
@@ -55,5 +72,18 @@ void ranking_loss(const float* scores, const int64_t* group_ids, const double* r
                   const float* margins, int64_t size, float center_coef, float* loss, float* stats,
                   float* dscores, double* workspace, void* stream);
 int64_t ranking_loss_workspace(int64_t size);
+
+// Bytes of workspace that token_logprobs_fwd needs to split rows over blocks; 0: it does not split.
+// The split does not change a bit of the results.
+int64_t token_logprobs_workspace(int64_t rows, int64_t vocab, int dtype);
+
+// A token id outside the vocabulary makes its row NaN.
+void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
+                        int64_t vocab, float inv_temperature, float softcap, float* logprobs,
+                        float* row_stats, float* entropy, void* workspace, void* stream);
+void token_logprobs_bwd(Rows logits, const int64_t* token_ids, const bool* mask,
+                        const float* row_stats, const float* logprobs, const float* entropy,
+                        const float* dlogprobs, const float* dentropy, int64_t rows, int64_t vocab,
+                        float inv_temperature, float softcap, Rows dlogits, void* stream);
 
 }  // namespace fastrl::cuda

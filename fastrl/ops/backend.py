@@ -36,9 +36,9 @@ OLDEST_GPU = (8, 0)  # compute capability
 
 # Native backends of every op, best first for the device they take; `reference` is always there.
 NATIVE_BACKENDS: dict[str, tuple[str, ...]] = {
-    "token_logprobs": ("cpu", "triton"),
-    "linear_logprobs": ("cpu", "triton"),
-    "linear_cross_entropy": ("cpu", "triton"),
+    "token_logprobs": ("cpu", "cuda", "triton"),
+    "linear_logprobs": ("cpu", "cuda", "triton"),
+    "linear_cross_entropy": ("cpu", "cuda", "triton"),
     "lora_linear": ("cpu", "cuda", "triton"),
     "lora_linear_group": ("cpu", "cuda", "triton"),
     "gae": ("cpu", "cuda", "triton"),

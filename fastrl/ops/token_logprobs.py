@@ -6,7 +6,20 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_float, check_ids, check_mask, check_positive, debugging
-from fastrl.ops.backend import _C, address, choose, empty_large, native_op, rows, team, triton_kernel, with_simple_rows
+from fastrl.ops import backend as native
+from fastrl.ops.backend import (
+    _C,
+    DTYPE_CODES,
+    address,
+    choose,
+    empty_large,
+    launch_cuda,
+    native_op,
+    rows,
+    team,
+    triton_kernel,
+    with_simple_rows,
+)
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -130,15 +143,35 @@ def _backward_cpu(
     )  # fmt: skip
 
 
+def _forward_cuda(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
+    count, vocab = token_ids.numel(), logits.shape[-1]
+    size = native.cuda.token_logprobs_workspace(count, vocab, DTYPE_CODES[logits.dtype])
+    workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
+    launch_cuda(
+        "token_logprobs_fwd", logits, rows(logits), address(token_ids), address(mask), count, vocab,
+        1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy), address(workspace),
+    )  # fmt: skip
+
+
+def _backward_cuda(
+    logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits
+):
+    launch_cuda(
+        "token_logprobs_bwd", logits, rows(logits), address(token_ids), address(mask), address(row_stats),
+        address(logprobs), address(entropy), address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
+        1.0 / temperature, softcap, rows(dlogits),
+    )  # fmt: skip
+
+
 _forward = native_op(
     "token_logprobs_fwd",
     "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, "
     "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy",
-    {"cpu": _forward_cpu, "triton": triton_kernel(OP, "forward")},
+    {"cpu": _forward_cpu, "cuda": _forward_cuda, "triton": triton_kernel(OP, "forward")},
 )
 _backward = native_op(
     "token_logprobs_bwd",
     "Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_stats, Tensor logprobs, Tensor entropy, "
     "Tensor dlogprobs, Tensor? dentropy, float temperature, float softcap, Tensor(a!) dlogits",
-    {"cpu": _backward_cpu, "triton": triton_kernel(OP, "backward")},
+    {"cpu": _backward_cpu, "cuda": _backward_cuda, "triton": triton_kernel(OP, "backward")},
 )

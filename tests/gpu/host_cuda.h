@@ -96,6 +96,10 @@ struct Machine {
 
 inline Machine machine;
 
+// What the kernels are told of the device; host_module.cpp lets a test choose.
+inline size_t shared_limit = 227 << 10;
+inline bool has_clusters = true;
+
 inline Block& block() { return *machine.running->block; }
 inline int lane() { return machine.running->thread % kWarpSize; }
 inline Warp& warp() { return block().warps[machine.running->thread / kWarpSize]; }
@@ -131,6 +135,13 @@ std::array<T, kWarpSize> gather(const T& value) {
   for (int i = 0; i < kWarpSize; ++i) std::memcpy(&values[i], warp().slots[i], sizeof(T));
   wait(warp().barrier);
   return values;
+}
+
+// `p`, an address in the running block's shared memory, in that of block `rank` of its cluster.
+template <typename T>
+T* map_shared(T* p, unsigned rank) {
+  const auto offset = reinterpret_cast<unsigned char*>(p) - block().shared;
+  return reinterpret_cast<T*>(machine.cluster[rank].shared + offset);
 }
 
 inline void finish() {

@@ -1,0 +1,50 @@
+// Blocks of one cluster: they run at the same time and read each other's shared memory. Code for
+// devices without clusters (before sm_90) takes a block for a cluster of its own.
+#pragma once
+
+#include "launch.h"
+
+namespace fastrl::cuda {
+
+#ifdef FASTRL_CUDA_ON_HOST
+
+inline unsigned cluster_rank() { return host_cuda::block().rank; }
+inline unsigned cluster_size() { return static_cast<unsigned>(host_cuda::machine.cluster.size()); }
+inline void cluster_sync() { host_cuda::wait(host_cuda::machine.cluster_barrier); }
+
+template <typename T>
+T* map_shared(T* p, unsigned rank) {
+  return host_cuda::map_shared(p, rank);
+}
+
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+__device__ inline unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
+__device__ inline unsigned cluster_size() { return __clusterSizeInBlocks(); }
+
+// Waits for all threads of the cluster, which then see what they wrote to any memory.
+__device__ inline void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// `p`, an address in the block's shared memory, in that of block `rank` of the cluster.
+template <typename T>
+__device__ T* map_shared(T* p, unsigned rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(p, rank));
+}
+
+#else
+
+__device__ inline unsigned cluster_rank() { return 0; }
+__device__ inline unsigned cluster_size() { return 1; }
+__device__ inline void cluster_sync() { __syncthreads(); }
+
+template <typename T>
+__device__ T* map_shared(T* p, unsigned) {
+  return p;
+}
+
+#endif
+
+}  // namespace fastrl::cuda

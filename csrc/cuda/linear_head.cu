@@ -1,0 +1,208 @@
+// Row kernels of linear_logprobs and linear_cross_entropy, on chunks of float32 logits between the
+// library's multiplications.
+#include "cluster.cuh"
+#include "ops.h"
+#include "softmax_gradient.cuh"
+
+namespace fastrl::cuda {
+namespace {
+
+constexpr unsigned kMaxCluster = 8;  // the largest that every device with clusters takes
+
+// A row is shared by more blocks while a block's part is larger: smaller parts let more rows
+// overlap on a multiprocessor.
+constexpr size_t kPreferredBytes = 48 << 10;
+
+// The shared memory of one of the blocks that keep a row.
+struct OnChipRow {
+  float* logits;      // of the block's tiles
+  Partial* partials;  // of the block's tiles
+  Partial* row;       // partials of all tiles of the row
+  Partial* slots;
+
+  __host__ __device__ static size_t bytes(int tiles, int tiles_per_block) {
+    return tiles_per_block * (kTile<float> * sizeof(float) + sizeof(Partial)) +
+           (tiles + kSlots) * sizeof(Partial);
+  }
+
+  __device__ OnChipRow(unsigned char* memory, int tiles, int tiles_per_block)
+      : logits(reinterpret_cast<float*>(memory)),
+        partials(reinterpret_cast<Partial*>(logits + tiles_per_block * kTile<float>)),
+        row(partials + tiles_per_block),
+        slots(row + tiles) {}
+
+  // Reads tile `tile` of the row as the block's `place`-th; one warp.
+  template <bool kSoftcap>
+  __device__ void read_tile(const float* x, int tile, int place, int64_t vocab, int64_t token_id,
+                            const LogitMap& map) const {
+    Words<float> packs[kTilePacks];
+    load_tile<true>(x, tile, vocab, packs);
+    auto* kept = reinterpret_cast<Words<float>*>(logits + place * kTile<float>);
+#pragma unroll
+    for (int i = 0; i < kTilePacks; ++i) kept[i * kWarp + lane_index()] = packs[i];
+    const int64_t target = token_id - int64_t{tile} * kTile<float>;
+    const Partial part = tile_partial<kSoftcap, true>(packs, target, map);
+    if (lane_index() == 0) partials[place] = part;
+  }
+
+  // Of all tiles, once every block of the cluster has read its own; every thread.
+  __device__ Partial combine_row(int tiles, int tiles_per_block, float scale) const {
+    for (int tile = threadIdx.x; tile < tiles; tile += kRowThreads) {
+      row[tile] = map_shared(partials, tile / tiles_per_block)[tile % tiles_per_block];
+    }
+    __syncthreads();
+    if (threadIdx.x < kSlots) {
+      Partial total = no_columns();
+      for (int tile = threadIdx.x; tile < tiles; tile += kSlots) {
+        total = combine(total, row[tile], scale);
+      }
+      slots[threadIdx.x] = total;
+    }
+    __syncthreads();
+    return combine_slots(slots, scale);
+  }
+};
+
+// A cluster of blocks reads a row, which begins at a 16-byte boundary, once, keeps it in shared
+// memory, and writes its gradient once. `out` may be the logits' own memory.
+template <bool kSoftcap, Gradient kGradient, typename Out>
+__global__ void __launch_bounds__(kRowThreads, 3)
+    linear_head_kernel(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
+                       int64_t vocab, int tiles_per_block, LogitMap map, RowOutputs results,
+                       Rows out, Rows entropy_out) {
+  FASTRL_DYNAMIC_SHARED(memory);
+  const int tiles = tiles_of<float>(vocab);
+  const OnChipRow chip(memory, tiles, tiles_per_block);
+  const unsigned blocks = cluster_size(), rank = cluster_rank();
+  const int first = min(static_cast<int>(rank) * tiles_per_block, tiles);
+  const int last = min(first + tiles_per_block, tiles);
+  const int64_t begin = min(int64_t{first} * kTile<float>, vocab);
+  const int64_t count = min(int64_t{last} * kTile<float>, vocab) - begin;
+
+  for (int64_t row = blockIdx.x / blocks; row < rows; row += gridDim.x / blocks) {
+    Out* dlogits = row_pointer<Out>(out, row) + begin;
+    Out* dentropy = nullptr;
+    if (kGradient == Gradient::both) dentropy = row_pointer<Out>(entropy_out, row) + begin;
+    const bool writes_results = rank == 0 && threadIdx.x == 0;
+    if (mask != nullptr && !mask[row]) {
+      if (writes_results) results.write(row, RowResult{});
+      zero_span(dlogits, count);
+      if (kGradient == Gradient::both) zero_span(dentropy, count);
+      continue;
+    }
+    const float* x = row_pointer<const float>(logits, row);
+    const int64_t token_id = token_ids[row];
+    const float target = target_logit<kSoftcap>(x, token_id, vocab, map);
+    for (int tile = first + warp_index(); tile < last; tile += kSlots) {
+      chip.read_tile<kSoftcap>(x, tile, tile - first, vocab, token_id, map);
+    }
+    cluster_sync();  // partials are there, and nobody reads the row's memory any more
+    const Partial rest = chip.combine_row(tiles, tiles_per_block, map.scale());
+    const RowResult result = finish_row(rest, target, map);
+    if (writes_results) results.write(row, result);
+    const RowGradient<kSoftcap, kGradient> gradient(result, 1.0f, 1.0f, map);
+    gradient_span(gradient, chip.logits, count, token_id - begin, dlogits, dentropy);
+    cluster_sync();  // the others have read this block's partials
+  }
+}
+
+struct Plan {
+  unsigned blocks;  // that share a row; 0: the row does not fit
+  int tiles_per_block;
+  size_t bytes;
+};
+
+Plan plan_of(int tiles, unsigned max_blocks, size_t limit) {
+  unsigned blocks = 1;
+  auto per_block = [&] { return ceil_div(tiles, static_cast<int>(blocks)); };
+  while (blocks < max_blocks && OnChipRow::bytes(tiles, per_block()) > kPreferredBytes) {
+    blocks *= 2;
+  }
+  const size_t bytes = OnChipRow::bytes(tiles, per_block());
+  return {bytes <= limit ? blocks : 0, per_block(), bytes};
+}
+
+bool is_aligned(const Rows& rows) {
+  constexpr int64_t kSize = Pack<float>::kSize;
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.outer_stride % kSize == 0 &&
+         rows.inner_stride % kSize == 0;
+}
+
+// False if the rows do not fit on chip.
+template <bool kSoftcap, Gradient kGradient, typename Out>
+bool launch_on_chip(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
+                    int64_t vocab, LogitMap map, RowOutputs results, Rows out, Rows entropy_out,
+                    void* stream) {
+  const auto kernel = linear_head_kernel<kSoftcap, kGradient, Out>;
+  const DeviceLimits limits = device_limits();
+  const bool clusters = limits.clusters && compiled_for_clusters(kernel);
+  const Plan plan =
+      plan_of(tiles_of<float>(vocab), clusters ? kMaxCluster : 1, limits.shared_bytes);
+  if (plan.blocks == 0 || !is_aligned(logits)) return false;
+  const unsigned grid = grid_of(rows * plan.blocks) / plan.blocks * plan.blocks;
+  const int tiles_per_block = plan.tiles_per_block;
+  FASTRL_LAUNCH_CLUSTER(kernel, plan.blocks, grid, kRowThreads, plan.bytes, stream, logits,
+                        token_ids, mask, rows, vocab, tiles_per_block, map, results, out,
+                        entropy_out);
+  return true;
+}
+
+void require_float32(const Rows& logits) {
+  if (logits.dtype != static_cast<int>(DType::f32)) {
+    throw std::invalid_argument("linear_head: logits: expected float32 (code 0), got dtype code " +
+                                std::to_string(logits.dtype));
+  }
+}
+
+}  // namespace
+
+void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
+                      int64_t vocab, float inv_temperature, float softcap, float* logprobs,
+                      float* row_stats, float* entropy, Rows out, Rows entropy_out, void* stream) {
+  require_float32(logits);
+  auto read_only = [&] {
+    token_logprobs_fwd(logits, token_ids, mask, rows, vocab, inv_temperature, softcap, logprobs,
+                       row_stats, entropy, nullptr, stream);
+  };
+  if (rows == 0 || out.data == nullptr) return read_only();
+  const LogitMap map{inv_temperature, softcap};
+  const RowOutputs results{logprobs, row_stats, entropy};
+  dispatch_dtype(out.dtype, "linear_head", [&](auto tag) {
+    using Out = decltype(tag);
+    dispatch_flags(softcap > 0, entropy_out.data != nullptr, [&](auto cap, auto both) {
+      constexpr Gradient kGradient = both.value ? Gradient::both : Gradient::logprob;
+      if (launch_on_chip<cap.value, kGradient, Out>(logits, token_ids, mask, rows, vocab, map,
+                                                    results, out, entropy_out, stream)) {
+        return;
+      }
+      read_only();
+      launch_gradient<kGradient, float, Out>(
+          {logits, token_ids, mask, row_stats, logprobs, entropy, nullptr, nullptr, out,
+           entropy_out, rows, vocab, 0, map},
+          stream);
+    });
+  });
+  check_launch("linear_head");
+}
+
+void linear_head_gradient(Rows logits, const int64_t* token_ids, const bool* mask, int64_t begin,
+                          int64_t rows, int64_t columns, const float* row_stats,
+                          const float* logprobs, const float* entropy, const float* dlogprobs,
+                          const float* dentropy, float inv_temperature, float softcap, Rows out,
+                          void* stream) {
+  require_float32(logits);
+  const GradientArguments arguments{
+      logits,   token_ids, mask, row_stats, logprobs, entropy, dlogprobs,
+      dentropy, out,       {},   rows,      columns,  begin,   {inv_temperature, softcap}};
+  dispatch_dtype(out.dtype, "linear_head", [&](auto tag) {
+    using Out = decltype(tag);
+    if (dentropy == nullptr) {
+      launch_gradient<Gradient::logprob, float, Out>(arguments, stream);
+    } else {
+      launch_gradient<Gradient::combined, float, Out>(arguments, stream);
+    }
+  });
+  check_launch("linear_head");
+}
+
+}  // namespace fastrl::cuda
