@@ -77,6 +77,11 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
 @torch.compiler.assume_constant_result
 def compute_capability(index: int | None) -> tuple[int, int]:
+    return _compute_capability(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache  # asked on every call of an op
+def _compute_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
@@ -220,6 +225,13 @@ def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
         return None
     dims += [(1, 0)] * (2 - len(dims))
     return max(dims[0][0], 1), dims[1][1], dims[0][1]
+
+
+def as_data(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Detached, contiguous, in that dtype: most tensors are that already, and each of the three calls costs 0.5 us."""
+    if tensor.dtype == dtype and not tensor.requires_grad and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to(dtype).contiguous()
 
 
 def address(tensor: torch.Tensor | None) -> int:

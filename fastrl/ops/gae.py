@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_data, check_mask, check_unit
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import gae as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -52,9 +52,9 @@ def gae(
     _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value)
     dtype = compute_dtype(rewards, values, bootstrap_value)
     backend = choose_for(OP, rewards.device, dtype, backend)
-    rewards, values = (t.detach().to(dtype).contiguous() for t in (rewards, values))
-    bootstrap = None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous()
-    lambdas = gae_lambda.detach().to(dtype).contiguous() if isinstance(gae_lambda, torch.Tensor) else None
+    rewards, values = (as_data(t, dtype) for t in (rewards, values))
+    bootstrap = None if bootstrap_value is None else as_data(bootstrap_value, dtype)
+    lambdas = as_data(gae_lambda, dtype) if isinstance(gae_lambda, torch.Tensor) else None
     if backend == "reference":
         keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
         decay = gae_lambda if lambdas is None else lambdas

@@ -9,7 +9,7 @@ import torch
 
 from fastrl.checks import check, check_data, check_mask, check_non_negative, check_positive, check_unit
 from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_advantages as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -103,9 +103,7 @@ def ppo_advantages(
     _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
     backend = choose_for(OP, logprobs.device, dtype, backend)
-    logprobs, ref_logprobs, values, scores = (
-        t.detach().to(dtype).contiguous() for t in (logprobs, ref_logprobs, values, scores)
-    )
+    logprobs, ref_logprobs, values, scores = (as_data(t, dtype) for t in (logprobs, ref_logprobs, values, scores))
     local = process_group is None
     if backend == "reference":
         advantages, returns, rewards, kl, moments, stats = reference.ppo_advantages(

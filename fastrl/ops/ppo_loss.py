@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
 from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -96,7 +96,7 @@ def ppo_loss(
     logprobs, values = logprobs.to(dtype).contiguous(), values.to(dtype).contiguous()
     entropy = None if entropy is None else entropy.to(dtype).contiguous()
     old_logprobs, old_values, advantages, returns = (
-        t.detach().to(dtype).contiguous() for t in (old_logprobs, old_values, advantages, returns)
+        as_data(t, dtype) for t in (old_logprobs, old_values, advantages, returns)
     )
     run = reference.ppo_loss if backend == "reference" else partial(_native, backend)
     loss, stats = run(

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
 from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ranking_loss as reference
 from fastrl.reference.masked import compute_dtype
 
@@ -67,7 +67,7 @@ def ranking_loss(
     backend = choose_for(OP, scores.device, dtype, backend)
     scores, margins = (
         scores.to(dtype).contiguous(),
-        None if margins is None else margins.detach().to(dtype).contiguous(),
+        None if margins is None else as_data(margins, dtype),
     )
     if backend == "reference":
         loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
