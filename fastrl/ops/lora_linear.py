@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastrl.checks import check, check_device, check_float, check_shape
-from fastrl.ops.backend import _C, DTYPE_CODES, address, choose, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops import lora_linear_cpu, lora_linear_gpu
+from fastrl.ops.backend import choose
 from fastrl.reference import lora_linear as reference
 
 
@@ -148,11 +148,19 @@ def _check_layer(op, x, layer):
         check_device(op, name, tensor, x)
 
 
-class _LoRALinearGroup(torch.autograd.Function):
-    """`tensors`: weight, lora_a, lora_b, bias of each sibling, all in the dtype of x.
+def _order(backend):
+    """In which order the products are formed, each accumulating onto the one before it."""
+    return lora_linear_cpu if backend == "cpu" else lora_linear_gpu
 
-    The adapter's product comes after the base product, and accumulates onto it: the faster order on CPUs.
-    """
+
+def _forward(x, seed, dropout, scalings, backend, tensors):
+    rows = x.reshape(-1, x.shape[-1])
+    outputs, down = _order(backend).forward(rows, seed, dropout, scalings, backend, *(tensors[i::4] for i in range(4)))
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), down
+
+
+class _LoRALinearGroup(torch.autograd.Function):
+    """`tensors`: weight, lora_a, lora_b, bias of each sibling, all in the dtype of x."""
 
     @staticmethod
     def forward(ctx, x, seed, dropout, scalings, backend, *tensors):
@@ -167,86 +175,16 @@ class _LoRALinearGroup(torch.autograd.Function):
         x, seed, down, *tensors = ctx.saved_tensors
         dropout, scalings, backend = ctx.options
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        weights, lora_as, lora_bs = (tensors[i::4] for i in range(3))
         rows = x.reshape(-1, x.shape[-1])
         dy_rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        ddowns = [(dy @ b).mul_(s) for dy, b, s in zip(dy_rows, lora_bs, scalings, strict=True)]
-        ddown = ddowns[0] if len(ddowns) == 1 else torch.cat(ddowns, 1)  # (M, r_1 + r_2 + ...)
         gradients: list[torch.Tensor | None] = [None] * len(tensors)
-        ranks = [len(a) for a in lora_as]
-        for i, (part, dy) in enumerate(zip(down.split(ranks), dy_rows, strict=True)):
-            needs_weight, _, needs_b, needs_bias = needs[4 * i : 4 * i + 4]
-            if needs_weight:
+        for i, dy in enumerate(dy_rows):
+            if needs[4 * i]:
                 gradients[4 * i] = dy.t() @ rows
-            if needs_b:
-                gradients[4 * i + 2] = (part @ dy).mul_(scalings[i]).t()
-            if needs_bias:
+            if needs[4 * i + 3]:
                 gradients[4 * i + 3] = dy.sum(0)
-        if any(needs[1::4]):
-            gradients[1::4] = (ddown.t() @ _dropped(backend, rows, seed, dropout)).split(ranks)
-        dx = None
-        if needs_dx:
-            dx = _input_gradient(backend, dy_rows, weights, ddown, _stacked(lora_as), seed, dropout).view(x.shape)
-        return dx, None, None, None, None, *gradients
-
-
-def _forward(x, seed, dropout, scalings, backend, tensors):
-    """The outputs, and the down-projections of all siblings as one (r_1 + r_2 + ..., M)."""
-    rows = x.reshape(-1, x.shape[-1])
-    weights, lora_as, lora_bs, biases = (tensors[i::4] for i in range(4))
-    down = _stacked(lora_as) @ _dropped(backend, rows, seed, dropout).t()
-    outputs = []
-    for part, weight, lora_b, bias, scaling in zip(
-        down.split([len(a) for a in lora_as]), weights, lora_bs, biases, scalings, strict=True
-    ):
-        y = F.linear(rows, weight, bias)
-        y.addmm_(part.t(), lora_b.t(), alpha=scaling)
-        outputs.append(y.view(*x.shape[:-1], len(weight)))
-    return tuple(outputs), down
-
-
-def _input_gradient(backend, dys, weights, ddown, lora_a, seed, dropout):
-    """sum_i dy_i W_i + D(ddown A), where D is the mask."""
-    if seed is not None:
-        dx = ddown @ lora_a
-        _dropout(backend, dx, seed, dropout)
-        for dy, weight in zip(dys, weights, strict=True):
-            dx.addmm_(dy, weight)
-        return dx
-    dx = dys[0] @ weights[0]
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
-    return dx.addmm_(ddown, lora_a)
-
-
-def _stacked(matrices):
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-
-
-def _dropped(backend, rows, seed, dropout):
-    if seed is None:
-        return rows
-    copy = rows.clone(memory_format=torch.contiguous_format)
-    _dropout(backend, copy, seed, dropout)
-    return copy
-
-
-def _dropout_cpu(matrix, seed, dropout):
-    _C.lora_dropout(
-        address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1], address(seed),
-        reference.dropout_threshold(dropout), team(matrix.numel()),
-    )  # fmt: skip
-
-
-def _dropout_cuda(matrix, seed, dropout):
-    launch_cuda(
-        "lora_dropout", matrix, address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1],
-        address(seed), reference.dropout_threshold(dropout),
-    )  # fmt: skip
-
-
-_dropout = native_op(
-    "lora_dropout",
-    "Tensor(a!) matrix, Tensor seed, float dropout",
-    {"cpu": _dropout_cpu, "cuda": _dropout_cuda, "triton": triton_kernel("lora_linear", "dropout")},
-)
+        dx, gradients[1::4], gradients[2::4] = _order(backend).backward(
+            rows, dy_rows, down, seed, dropout, scalings, backend, *(tensors[i::4] for i in range(3)),
+            needs_dx, any(needs[1::4]), needs[2::4],
+        )  # fmt: skip
+        return dx if dx is None else dx.view(x.shape), None, None, None, None, *gradients

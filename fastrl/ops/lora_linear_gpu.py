@@ -1,0 +1,138 @@
+"""lora_linear on a GPU: the adapter's product first, the base product accumulates onto it.
+
+cuBLAS reads what it adds to while it multiplies, so of the adapter only the thin products show. Those with dropout, and
+the two that share dy, are kernels; `cuda` forms them by cuBLAS from a dropped copy of x.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastrl.ops.backend import DTYPE_CODES, address, launch_cuda, native_op, triton_kernel
+from fastrl.reference.lora_linear import dropout_threshold
+
+
+def forward(rows, seed, dropout, scalings, backend, weights, lora_as, lora_bs, biases):
+    """The outputs (M, O_i), and the down-projections of all siblings as one (M, r_1 + r_2 + ...)."""
+    lora_a = _stacked(lora_as)
+    if seed is None:
+        down = rows @ lora_a.t()
+    else:
+        down = rows.new_empty(len(rows), len(lora_a))
+        _down(backend, _with_rows(rows), lora_a, seed, dropout, down)
+    outputs = []
+    for part, weight, lora_b, bias, scaling in zip(
+        down.split([len(a) for a in lora_as], 1), weights, lora_bs, biases, scalings, strict=True
+    ):
+        y = rows.new_empty(len(rows), len(weight))
+        start, keep_start = (y, 0) if bias is None else (bias, 1)
+        torch.addmm(start, part, lora_b.t(), beta=keep_start, alpha=scaling, out=y)
+        outputs.append(y.addmm_(rows, weight.t()))
+    return outputs, down
+
+
+def backward(
+    rows, dys, down, seed, dropout, scalings, backend, weights, lora_as, lora_bs, needs_dx, needs_a, needs_b
+):  # fmt: skip
+    """(dx, gradients of lora_as, gradients of lora_bs)"""
+    ranks = [len(a) for a in lora_as]
+    ddown = torch.empty_like(down) if needs_dx or needs_a else None
+    ddowns = [None] * len(ranks) if ddown is None else ddown.split(ranks, 1)
+    dlora_bs = [b.new_empty(b.shape) if needed else None for b, needed in zip(lora_bs, needs_b, strict=True)]
+    for i, part in enumerate(down.split(ranks, 1)):
+        if ddowns[i] is not None or dlora_bs[i] is not None:
+            lora_b = lora_bs[i].contiguous()
+            _up_backward(backend, dys[i].contiguous(), part, lora_b, scalings[i], ddowns[i], dlora_bs[i])
+    dlora_as = [None] * len(ranks)
+    if needs_a:
+        dlora_a = rows.new_empty(sum(ranks), rows.shape[1])
+        _down_backward(backend, ddown, _with_rows(rows), seed, dropout, dlora_a)
+        dlora_as = dlora_a.split(ranks)
+    dx = None
+    if needs_dx:
+        dx = _adapter_input_gradient(backend, ddown, _stacked(lora_as), seed, dropout)
+        for dy, weight in zip(dys, weights, strict=True):
+            dx.addmm_(dy, weight)
+    return dx, dlora_as, dlora_bs
+
+
+def _adapter_input_gradient(backend, ddown, lora_a, seed, dropout):
+    """D(ddown A)"""
+    if seed is None:
+        return ddown @ lora_a
+    dx = ddown.new_empty(len(ddown), lora_a.shape[1])
+    _input_gradient(backend, ddown, lora_a, seed, dropout, dx)
+    return dx
+
+
+def _stacked(matrices):
+    return matrices[0].contiguous() if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _with_rows(matrix):
+    """A matrix whose rows are contiguous."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _dropout_cuda(matrix, seed, dropout):
+    launch_cuda(
+        "lora_dropout", matrix, address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1],
+        address(seed), dropout_threshold(dropout),
+    )  # fmt: skip
+
+
+def _dropped_cuda(x, seed, dropout):
+    if seed is None:
+        return x
+    copy = x.clone(memory_format=torch.contiguous_format)
+    _dropout_cuda(copy, seed, dropout)
+    return copy
+
+
+def _down_cuda(x, lora_a, seed, dropout, down):
+    torch.mm(_dropped_cuda(x, seed, dropout), lora_a.t(), out=down)
+
+
+def _up_backward_cuda(dy, down, lora_b, scaling, ddown, dlora_b):
+    if ddown is not None:
+        torch.addmm(ddown, dy, lora_b, beta=0, alpha=scaling, out=ddown)
+    if dlora_b is not None:
+        torch.addmm(dlora_b, dy.t(), down, beta=0, alpha=scaling, out=dlora_b)
+
+
+def _down_backward_cuda(ddown, x, seed, dropout, dlora_a):
+    torch.mm(ddown.t(), _dropped_cuda(x, seed, dropout), out=dlora_a)
+
+
+def _input_gradient_cuda(ddown, lora_a, seed, dropout, dx):
+    torch.mm(ddown, lora_a, out=dx)
+    _dropout_cuda(dx, seed, dropout)
+
+
+# down = D(x) lora_a^T
+_down = native_op(
+    "lora_down",
+    "Tensor x, Tensor lora_a, Tensor seed, float dropout, Tensor(a!) down",
+    {"cuda": _down_cuda, "triton": triton_kernel("lora_linear", "down_projection")},
+)
+
+# ddown = scaling dy lora_b, dlora_b = scaling dy^T down
+_up_backward = native_op(
+    "lora_up_backward",
+    "Tensor dy, Tensor down, Tensor lora_b, float scaling, Tensor(a!)? ddown, Tensor(b!)? dlora_b",
+    {"cuda": _up_backward_cuda, "triton": triton_kernel("lora_linear", "up_backward")},
+)
+
+# dlora_a = ddown^T D(x)
+_down_backward = native_op(
+    "lora_down_backward",
+    "Tensor ddown, Tensor x, Tensor? seed, float dropout, Tensor(a!) dlora_a",
+    {"cuda": _down_backward_cuda, "triton": triton_kernel("lora_linear", "down_backward")},
+)
+
+# dx = D(ddown lora_a)
+_input_gradient = native_op(
+    "lora_input_gradient",
+    "Tensor ddown, Tensor lora_a, Tensor seed, float dropout, Tensor(a!) dx",
+    {"cuda": _input_gradient_cuda, "triton": triton_kernel("lora_linear", "input_gradient")},
+)
