@@ -124,7 +124,7 @@ def lora_down_backward_kernel(
     t0 = tl.zeros((BLOCK_R, SLICE), tl.float32)
     t1, t2, t3 = t0, t0, t0
     first = split.to(tl.int64) * SPLIT_M
-    for start in range(0, SPLIT_M, BLOCK_M):
+    for start in range(0, tl.minimum(rows - first, SPLIT_M).to(tl.int32), BLOCK_M):
         m = first + start + tl.arange(0, BLOCK_M)
         g = tl.trans(_slice(ddown, rank, m, rows, r, rank))
         k0, k1, k2, k3 = 0, 0, 0, 0
@@ -239,7 +239,7 @@ def down_backward(
 ) -> None:
     """dlora_a (r, K) = ddown^T D(x) for contiguous ddown (M, r) and x (M, K) with contiguous rows."""
     (rows, cols), rank = x.shape, ddown.shape[1]
-    block_r, block_m, split_m = _rank_block(rank, x.dtype), 16 if x.dtype == torch.float32 else 64, 512
+    block_r, block_m, split_m = _rank_block(rank, x.dtype), 32 if x.dtype == torch.float32 else 64, 512
     splits = triton.cdiv(rows, split_m)
     parts = torch.empty(splits, rank, cols, dtype=torch.float32, device=x.device)
     launch(

@@ -1,13 +1,15 @@
 """lora_linear on a GPU: the adapter's product first, the base product accumulates onto it.
 
-cuBLAS reads what it adds to while it multiplies, so of the adapter only the thin products show. Those with dropout, and
-the two that share dy, are kernels; `cuda` forms them by cuBLAS from a dropped copy of x.
+cuBLAS reads what it adds to while it multiplies, so of the adapter only the thin products show. Those with dropout are
+kernels that make the mask on the way. `triton` also forms the two products of dy from one reading of it; `cuda` leaves
+these to cuBLAS, and takes a dropped copy of x where its kernels do not fit (float32, or columns no multiple of 4).
 """
 
 from __future__ import annotations
 
 import torch
 
+from fastrl.ops import backend as native
 from fastrl.ops.backend import DTYPE_CODES, address, launch_cuda, native_op, triton_kernel
 from fastrl.reference.lora_linear import dropout_threshold
 
@@ -74,11 +76,20 @@ def _with_rows(matrix):
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+def _fits(*matrices):
+    """Whether the kernels of csrc/cuda/lora_products.cu take such matrices: 16 bits, rows in steps of 8 bytes."""
+    return all(
+        m.dtype != torch.float32 and m.shape[1] % 4 == 0 and m.stride(0) % 4 == 0 and m.data_ptr() % 8 == 0
+        for m in matrices
+    )
+
+
+def _cuda(name, x, *args):
+    launch_cuda(name, x, *(address(a) if a is None or isinstance(a, torch.Tensor) else a for a in args))
+
+
 def _dropout_cuda(matrix, seed, dropout):
-    launch_cuda(
-        "lora_dropout", matrix, address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1],
-        address(seed), dropout_threshold(dropout),
-    )  # fmt: skip
+    _cuda("lora_dropout", matrix, matrix, DTYPE_CODES[matrix.dtype], *matrix.shape, seed, dropout_threshold(dropout))
 
 
 def _dropped_cuda(x, seed, dropout):
@@ -90,7 +101,13 @@ def _dropped_cuda(x, seed, dropout):
 
 
 def _down_cuda(x, lora_a, seed, dropout, down):
-    torch.mm(_dropped_cuda(x, seed, dropout), lora_a.t(), out=down)
+    if not _fits(x, lora_a):
+        torch.mm(_dropped_cuda(x, seed, dropout), lora_a.t(), out=down)
+        return
+    _cuda(
+        "lora_down", x, x, x.stride(0), lora_a, DTYPE_CODES[x.dtype], *x.shape, len(lora_a), seed,
+        dropout_threshold(dropout), down,
+    )  # fmt: skip
 
 
 def _up_backward_cuda(dy, down, lora_b, scaling, ddown, dlora_b):
@@ -101,12 +118,34 @@ def _up_backward_cuda(dy, down, lora_b, scaling, ddown, dlora_b):
 
 
 def _down_backward_cuda(ddown, x, seed, dropout, dlora_a):
-    torch.mm(ddown.t(), _dropped_cuda(x, seed, dropout), out=dlora_a)
+    if not _fits(x):
+        torch.mm(ddown.t(), _dropped_cuda(x, seed, dropout), out=dlora_a)
+        return
+    rank = ddown.shape[1]
+    workspace = x.new_empty(native.cuda.lora_da_workspace(*x.shape, rank), dtype=torch.float32)
+    _cuda(
+        "lora_da", x, x, x.stride(0), ddown, DTYPE_CODES[x.dtype], *x.shape, rank, seed, dropout_threshold(dropout),
+        workspace, dlora_a,
+    )  # fmt: skip
 
 
 def _input_gradient_cuda(ddown, lora_a, seed, dropout, dx):
-    torch.mm(ddown, lora_a, out=dx)
-    _dropout_cuda(dx, seed, dropout)
+    if not _fits(lora_a, dx):
+        torch.mm(ddown, lora_a, out=dx)
+        _dropout_cuda(dx, seed, dropout)
+        return
+    _cuda(
+        "lora_dx",
+        dx,
+        ddown,
+        lora_a,
+        DTYPE_CODES[dx.dtype],
+        *dx.shape,
+        len(lora_a),
+        seed,
+        dropout_threshold(dropout),
+        dx,
+    )
 
 
 # down = D(x) lora_a^T

@@ -52,6 +52,7 @@ def all_calls(
     tokens: int = 5,
     vocab: int = 37,
     width: int = 24,
+    rank: int = 3,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backends: tuple[str, ...] | None = None,
@@ -69,7 +70,7 @@ def all_calls(
 
     mask = torch.rand(batch, tokens, generator=g) < 0.6
     mask[0, -1], mask[1] = True, False
-    shape, rank = (batch, tokens), 3
+    shape = (batch, tokens)
     ids = torch.randint(0, vocab, shape, generator=g)
     upstreams = {f"upstream {i}": torch.randn(shape, generator=g) for i in range(2)}
     head: Tensors = {"hidden": normal(*shape, width), "weight": normal(vocab, width, std=0.5)}

@@ -41,6 +41,8 @@ SHAPES = [
     {"batch": 2, "tokens": 100},
     {"batch": 2, "tokens": 400},
     {"batch": 300, "tokens": 20, "width": 64},
+    {"batch": 3, "tokens": 5, "rank": 20},
+    {"batch": 3, "tokens": 5, "rank": 40},
     {"batch": 2, "tokens": 3, "vocab": 128257},
     {"batch": 2, "tokens": 1, "vocab": 262144},
 ]
