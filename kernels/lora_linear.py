@@ -46,9 +46,9 @@ def _select(x, mask):
 
 @triton.jit
 def _slice(matrix, stride, r, row_count, c, column_count):
-    """The tile of rows `r` and columns `c` of a row-major matrix; 0 outside it."""
+    """The tile of rows `r` and columns `c` of a row-major matrix; 0 outside it. Its offsets are 32-bit numbers."""
     inside = (r < row_count)[:, None] & (c < column_count)[None, :]
-    return tl.load(matrix + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
+    return tl.load(matrix + (r[:, None] * stride + c[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -63,21 +63,24 @@ def lora_down_kernel(
     x, x_stride, lora_a, seed, threshold, down, rows, cols, rank, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """down = D(x) lora_a^T"""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    x += first * x_stride
+    left = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
+    m = tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for block in range(tl.cdiv(cols, COLUMNS)):
-        k0, k1, k2, k3 = _keep(m, block, seed, threshold)
+        k0, k1, k2, k3 = _keep(first + m, block, seed, threshold)
         c = tl.arange(0, SLICE) + block * COLUMNS
-        total = _add_product(total, _slice(x, x_stride, m, rows, c, cols), k0, lora_a, r, rank, c, cols)
+        total = _add_product(total, _slice(x, x_stride, m, left, c, cols), k0, lora_a, r, rank, c, cols)
         c += SLICE
-        total = _add_product(total, _slice(x, x_stride, m, rows, c, cols), k1, lora_a, r, rank, c, cols)
+        total = _add_product(total, _slice(x, x_stride, m, left, c, cols), k1, lora_a, r, rank, c, cols)
         c += SLICE
-        total = _add_product(total, _slice(x, x_stride, m, rows, c, cols), k2, lora_a, r, rank, c, cols)
+        total = _add_product(total, _slice(x, x_stride, m, left, c, cols), k2, lora_a, r, rank, c, cols)
         c += SLICE
-        total = _add_product(total, _slice(x, x_stride, m, rows, c, cols), k3, lora_a, r, rank, c, cols)
-    inside = (m < rows)[:, None] & (r < rank)[None, :]
-    tl.store(down + m[:, None] * rank + r[None, :], total, mask=inside)
+        total = _add_product(total, _slice(x, x_stride, m, left, c, cols), k3, lora_a, r, rank, c, cols)
+    inside = (m < left)[:, None] & (r < rank)[None, :]
+    tl.store(down + first * rank + (m[:, None] * rank + r[None, :]), total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -86,23 +89,25 @@ def lora_up_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, SPLIT_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Parts of dy lora_b over SPLIT_O columns, and of dy^T down over BLOCK_M rows, from one reading of dy."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1)
+    first, split = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1)
+    left = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
+    m = tl.arange(0, BLOCK_M)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    s = _slice(down, down_stride, m, rows, r, rank)
+    dy += first * cols
+    s = _slice(down + first * down_stride, down_stride, m, left, r, rank)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(split * SPLIT_O, tl.minimum(split * SPLIT_O + SPLIT_O, cols), BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
-        g = _slice(dy, cols, m, rows, o, cols)
+        g = _slice(dy, cols, m, left, o, cols)
         if ddown_parts is not None:
             total = tl.dot(g, _slice(lora_b, rank, o, cols, r, rank), total, input_precision="ieee")
         if dlora_b_parts is not None:
             part = tl.dot(tl.trans(g), s, input_precision="ieee")
-            at = (tl.program_id(0).to(tl.int64) * cols + o)[:, None] * rank + r[None, :]
-            tl.store(dlora_b_parts + at, part, mask=(o < cols)[:, None] & (r < rank)[None, :])
+            at = dlora_b_parts + tl.program_id(0).to(tl.int64) * cols * rank
+            tl.store(at + (o[:, None] * rank + r[None, :]), part, mask=(o < cols)[:, None] & (r < rank)[None, :])
     if ddown_parts is not None:
-        at = (split.to(tl.int64) * rows + m)[:, None] * rank + r[None, :]
-        tl.store(ddown_parts + at, total, mask=(m < rows)[:, None] & (r < rank)[None, :])
+        at = ddown_parts + (split.to(tl.int64) * rows + first) * rank
+        tl.store(at + (m[:, None] * rank + r[None, :]), total, mask=(m < left)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
@@ -124,17 +129,20 @@ def lora_down_backward_kernel(
     t0 = tl.zeros((BLOCK_R, SLICE), tl.float32)
     t1, t2, t3 = t0, t0, t0
     first = split.to(tl.int64) * SPLIT_M
-    for start in range(0, tl.minimum(rows - first, SPLIT_M).to(tl.int32), BLOCK_M):
-        m = first + start + tl.arange(0, BLOCK_M)
-        g = tl.trans(_slice(ddown, rank, m, rows, r, rank))
+    left = tl.minimum(rows - first, SPLIT_M).to(tl.int32)
+    ddown += first * rank
+    x += first * x_stride
+    for start in range(0, left, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        g = tl.trans(_slice(ddown, rank, m, left, r, rank))
         k0, k1, k2, k3 = 0, 0, 0, 0
         if DROPOUT:
-            k0, k1, k2, k3 = _keep(m, block, seed, threshold)
-        t0 = tl.dot(g, _dropped(x, x_stride, m, rows, c0, cols, k0, DROPOUT), t0, input_precision="ieee")
-        t1 = tl.dot(g, _dropped(x, x_stride, m, rows, c1, cols, k1, DROPOUT), t1, input_precision="ieee")
-        t2 = tl.dot(g, _dropped(x, x_stride, m, rows, c2, cols, k2, DROPOUT), t2, input_precision="ieee")
-        t3 = tl.dot(g, _dropped(x, x_stride, m, rows, c3, cols, k3, DROPOUT), t3, input_precision="ieee")
-    at = parts + (split.to(tl.int64) * rank + r)[:, None] * cols
+            k0, k1, k2, k3 = _keep(first + m, block, seed, threshold)
+        t0 = tl.dot(g, _dropped(x, x_stride, m, left, c0, cols, k0, DROPOUT), t0, input_precision="ieee")
+        t1 = tl.dot(g, _dropped(x, x_stride, m, left, c1, cols, k1, DROPOUT), t1, input_precision="ieee")
+        t2 = tl.dot(g, _dropped(x, x_stride, m, left, c2, cols, k2, DROPOUT), t2, input_precision="ieee")
+        t3 = tl.dot(g, _dropped(x, x_stride, m, left, c3, cols, k3, DROPOUT), t3, input_precision="ieee")
+    at = parts + split.to(tl.int64) * rank * cols + r[:, None] * cols
     inside = (r < rank)[:, None]
     tl.store(at + c0[None, :], t0, mask=inside & (c0 < cols)[None, :])
     tl.store(at + c1[None, :], t1, mask=inside & (c1 < cols)[None, :])
@@ -147,22 +155,24 @@ def lora_input_gradient_kernel(
     ddown, lora_a, seed, threshold, dx, rows, cols, rank, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """dx = D(ddown lora_a)"""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    block = tl.program_id(1)
+    first, block = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1)
+    left = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
+    m = tl.arange(0, BLOCK_M)
+    ddown += first * rank
     c0 = tl.arange(0, SLICE) + block * COLUMNS
     c1, c2, c3 = c0 + SLICE, c0 + 2 * SLICE, c0 + 3 * SLICE
     t0 = tl.zeros((BLOCK_M, SLICE), tl.float32)
     t1, t2, t3 = t0, t0, t0
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        g = _slice(ddown, rank, m, rows, r, rank)
+        g = _slice(ddown, rank, m, left, r, rank)
         t0 = tl.dot(g, _slice(lora_a, cols, r, rank, c0, cols), t0, input_precision="ieee")
         t1 = tl.dot(g, _slice(lora_a, cols, r, rank, c1, cols), t1, input_precision="ieee")
         t2 = tl.dot(g, _slice(lora_a, cols, r, rank, c2, cols), t2, input_precision="ieee")
         t3 = tl.dot(g, _slice(lora_a, cols, r, rank, c3, cols), t3, input_precision="ieee")
-    k0, k1, k2, k3 = _keep(m, block, seed, threshold)
-    at = dx + m[:, None] * cols
-    inside = (m < rows)[:, None]
+    k0, k1, k2, k3 = _keep(first + m, block, seed, threshold)
+    at = dx + first * cols + m[:, None] * cols
+    inside = (m < left)[:, None]
     tl.store(at + c0[None, :], _select(t0, k0), mask=inside & (c0 < cols)[None, :])
     tl.store(at + c1[None, :], _select(t1, k1), mask=inside & (c1 < cols)[None, :])
     tl.store(at + c2[None, :], _select(t2, k2), mask=inside & (c2 < cols)[None, :])
@@ -218,7 +228,7 @@ def up_backward(
     """ddown (M, r) = scaling dy lora_b, dlora_b (O, r) = scaling dy^T down, for contiguous dy (M, O)."""
     (rows, cols), rank = dy.shape, down.shape[1]
     block_r, split_o = _rank_block(rank, dy.dtype), 512
-    block_m, block_o = (32, 16) if dy.dtype == torch.float32 else (256, 64) if block_r <= 32 else (128, 32)
+    block_m, block_o = (32, 16) if dy.dtype == torch.float32 else (256, 64) if block_r == 16 else (128, 32)
     m_splits, o_splits = triton.cdiv(rows, block_m), triton.cdiv(cols, split_o)
     work = dict(dtype=torch.float32, device=dy.device)
     ddown_parts = None if ddown is None else torch.empty(o_splits, rows, rank, **work)

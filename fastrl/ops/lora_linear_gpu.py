@@ -72,8 +72,8 @@ def _stacked(matrices):
 
 
 def _with_rows(matrix):
-    """A matrix whose rows are contiguous."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    """A matrix whose rows are contiguous and not so far apart that offsets in a tile exceed 32 bits."""
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) < 1 << 22 else matrix.contiguous()
 
 
 def _fits(*matrices):
