@@ -165,6 +165,9 @@ void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, i
                        row_stats, entropy, nullptr, stream);
   };
   if (rows == 0 || out.data == nullptr) return read_only();
+  if (row_stats == nullptr || (entropy_out.data != nullptr && entropy == nullptr)) {
+    throw std::invalid_argument("linear_head: out needs row_stats, entropy_out needs entropy");
+  }
   const LogitMap map{inv_temperature, softcap};
   const RowOutputs results{logprobs, row_stats, entropy};
   dispatch_dtype(out.dtype, "linear_head", [&](auto tag) {
