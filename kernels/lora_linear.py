@@ -209,7 +209,7 @@ def down_projection(
 ) -> None:
     """down (M, r) = D(x) lora_a^T for x (M, K) with contiguous rows."""
     (rows, cols), rank = x.shape, len(lora_a)
-    block_m, block_r = 32 if rows <= 4096 else 64, _rank_block(rank, x.dtype)
+    block_m, block_r = 64 if rows > 4096 and x.dtype != torch.float32 else 32, _rank_block(rank, x.dtype)
     launch(
         lora_down_kernel, (triton.cdiv(rows, block_m), triton.cdiv(rank, block_r)), x,
         x, x.stride(0), lora_a, seed, dropout_threshold(probability), down, rows, cols, rank,

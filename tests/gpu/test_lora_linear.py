@@ -166,6 +166,48 @@ def test_repeatable(gpu_backend, device):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiles_without_graph_breaks(gpu_backend, device, dropout):
+    """T32: fullgraph=True, forward and backward, equal to eager."""
+    x, layers = case(device, torch.float32, 6, 70, [(11, 4), (5, 3)])
+
+    def gradients(compiled):
+        leaves = [leaf(x)] + [leaf(t) for layer in layers for t in layer[:3]]
+
+        def loss(x, *parts):
+            siblings = [LoRAWeights(*parts[:3], 0.5), LoRAWeights(*parts[3:], 2.0)]
+            first, second = lora_linear_group(x, siblings, dropout=dropout, backend=gpu_backend)
+            return first.square().mean() + second.sin().sum()
+
+        torch.manual_seed(2)
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        return torch.autograd.grad(run(*leaves), leaves)
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_opcheck(gpu_backend, device):
+    x, (layer,) = case(device, torch.float32, 5, 68, [(11, 4)])
+    seed, down, dy = (
+        torch.tensor([7], device=device),
+        torch.randn(5, 4, device=device),
+        torch.randn(5, 11, device=device),
+    )
+    checks = [
+        ("lora_down", (x, layer.lora_a, seed, 0.3, torch.empty(5, 4, device=device))),
+        ("lora_up_backward", (dy, down, layer.lora_b, 0.5, torch.empty_like(down), torch.empty_like(layer.lora_b))),
+        ("lora_up_backward", (dy, down, layer.lora_b, 0.5, None, torch.empty_like(layer.lora_b))),
+        ("lora_down_backward", (down, x, seed, 0.3, torch.empty_like(layer.lora_a))),
+        ("lora_down_backward", (down, x, None, 0.0, torch.empty_like(layer.lora_a))),
+        ("lora_input_gradient", (down, layer.lora_a, seed, 0.3, torch.empty_like(x))),
+    ]
+    for name, arguments in checks:
+        torch.library.opcheck(getattr(torch.ops.fastrl, name).default, (gpu_backend, *arguments))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
