@@ -71,6 +71,12 @@ def test_long_rows(native, device, rows, steps):
     check(native, inputs, gamma=0.99)
 
 
+@pytest.mark.slow
+def test_many_rows(native, device):
+    """More rows than are summed at once."""
+    check(native, case(300, 9, device))
+
+
 def test_is_gae_of_its_rewards(native, device):
     """T38: one definition of GAE."""
     inputs = case(7, 140, device)

@@ -68,6 +68,15 @@ def test_matches_float64(native, device, steps, vf_clip_coef, dual_clip):
     check(native, inputs, entropy, vf_clip_coef=vf_clip_coef, dual_clip=dual_clip, ent_coef=0.01, upstream=-1.7)
 
 
+@pytest.mark.slow
+def test_many_blocks(native, device, monkeypatch):
+    """More blocks of tokens than are summed at once."""
+    if native == "triton":
+        monkeypatch.setattr("fastrl.kernels.ppo_loss.BLOCK", 16)
+    inputs, entropy = case(33, 130, device)
+    check(native, inputs, entropy, ent_coef=0.01)
+
+
 @pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize("denominator", [None, 7, torch.tensor(11.0)], ids=str)
 def test_denominators(native, device, rows, denominator):

@@ -69,6 +69,20 @@ def test_matches_float64(native, device, size, groups):
             torch.testing.assert_close(a, t, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_many_answers(native, device, monkeypatch):
+    """More answers than are summed at once; of one large group and of many small ones."""
+    if native == "triton":
+        monkeypatch.setattr("fastrl.kernels.ranking_loss.TILE", 128)
+    for groups in (1, 200):
+        scores, group_ids, ranks, margins = case(530, groups, device)
+        actual = gradients(scores, group_ids, ranks, margins=margins, backend=native)
+        eager = gradients(scores, group_ids, ranks, margins=margins, backend="reference")
+        truth = gradients(scores.double(), group_ids, ranks, margins=margins, backend="reference")
+        assert_as_accurate(actual[0], eager[0], truth[0], "loss")
+        assert_as_accurate(actual[2], eager[2], truth[2], "dscores")
+        torch.testing.assert_close(torch.stack(actual[1]), torch.stack(truth[1]), rtol=1e-5, atol=1e-5)
+
+
 def test_extreme_differences(native, device):
     """log sigmoid is stable for +-1e4, and keeps its digits where the loss is tiny."""
     ids, ranks = torch.zeros(2, dtype=torch.long, device=device), torch.tensor([0, 1], device=device)
