@@ -9,8 +9,9 @@ def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, *args, **options
     """kernel[grid](*args, **options) on the device of `tensor`; nothing for an empty grid."""
     if 0 in grid:
         return
-    if tensor.device.type != "cuda":  # the interpreter, in tests
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():  # not cuda: the interpreter, in tests
         kernel[grid](*args, **options)
-        return
-    with torch.cuda.device(tensor.device):
-        kernel[grid](*args, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)

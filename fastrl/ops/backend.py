@@ -186,11 +186,18 @@ def triton_kernel(op: str, name: str) -> Callable[..., None]:
 def launch_cuda(name: str, tensor: torch.Tensor, *args: Any) -> None:
     """Calls `name` of csrc/cuda on the device of `tensor` and torch's current stream there; does not wait."""
     function = getattr(cuda, name)
-    if tensor.device.type != "cuda":  # kernels compiled for the host, in tests
+    device = tensor.device
+    if device.type != "cuda":  # kernels compiled for the host, in tests
         function(*args, 0)
-        return
-    with torch.cuda.device(tensor.device):
-        function(*args, torch.cuda.current_stream().cuda_stream)
+    elif device.index == torch.cuda.current_device():  # the guard would cost as much as a launch
+        function(*args, raw_stream(device.index))
+    else:
+        with torch.cuda.device(device):
+            function(*args, raw_stream(device.index))
+
+
+# torch's current stream on a device, as an integer; what Triton and torch's own compiler call (absent from CPU builds).
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
 
 def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def lora_linear(
         dropout: in [0, 1): the probability that D zeroes an element of x (the rest is divided by 1 - dropout). The mask
             is never stored: Philox4x32-10 makes it again from one seed, drawn on each call from the generator of the
             device (torch.manual_seed and torch.utils.checkpoint repeat it). Pass 0 in evaluation.
-        backend: None chooses; else one of reference, cpu, triton, cuda.
+        backend: None chooses (eager torch for small batches on a CPU); else one of reference, cpu, triton, cuda.
     Returns:
         (..., O) in the dtype of x.
     Raises:
@@ -105,7 +106,7 @@ def _run(op, x, layers, dropout, backend):
         layers = [_cast_base(layer, dtype) for layer in layers]
     for layer in layers:
         _check_layer(op, x, layer)
-    backend = choose(op, x, backend)
+    backend = choose(op, x, backend or _eager_if_faster(x, layers, dropout))
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference":
         return reference.lora_linear_group(x, layers, dropout, seed)
@@ -116,6 +117,21 @@ def _run(op, x, layers, dropout, backend):
     if not torch.is_grad_enabled():
         return _forward(x, seed, dropout, scalings, backend, tensors)[0]
     return _LoRALinearGroup.apply(x, seed, dropout, scalings, backend, *tensors)
+
+
+# Rows below which, on a CPU, calls cost more than the fused products save: without and with gradients
+# (benches/NOTES.md).
+EAGER_ROWS, EAGER_TRAINING_ROWS = 48, 128
+
+
+def _eager_if_faster(x, layers, dropout):
+    """`reference` where eager torch was measured faster and nothing else is asked for, else None: no preference."""
+    if x.device.type != "cpu" or dropout > 0 or os.environ.get("FASTRL_BACKEND"):
+        return None
+    if any(layer.lora_a.dtype != x.dtype or layer.lora_b.dtype != x.dtype for layer in layers):
+        return None  # eager would widen x
+    limit = EAGER_TRAINING_ROWS if torch.is_grad_enabled() else EAGER_ROWS
+    return "reference" if x.numel() < limit * x.shape[-1] else None
 
 
 def _cast_base(layer, dtype):

@@ -135,17 +135,9 @@ def _input_gradient_cuda(ddown, lora_a, seed, dropout, dx):
         _dropout_cuda(dx, seed, dropout)
         return
     _cuda(
-        "lora_dx",
+        "lora_dx", dx, ddown, lora_a, DTYPE_CODES[dx.dtype], *dx.shape, len(lora_a), seed, dropout_threshold(dropout),
         dx,
-        ddown,
-        lora_a,
-        DTYPE_CODES[dx.dtype],
-        *dx.shape,
-        len(lora_a),
-        seed,
-        dropout_threshold(dropout),
-        dx,
-    )
+    )  # fmt: skip
 
 
 # down = D(x) lora_a^T

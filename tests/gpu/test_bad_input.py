@@ -76,7 +76,8 @@ def test_float64_goes_to_the_reference(hopper):
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the device guard is mocked")
-def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch):
+@pytest.mark.parametrize("index", [0, 1])
+def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch, index):
     """T29: the tensor's device, whichever is current; torch's current stream there."""
     current = [0]
 
@@ -92,7 +93,8 @@ def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch):
 
     seen = []
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=100 + current[-1]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(backend, "raw_stream", lambda index: 100 + index)
     monkeypatch.setattr(backend, "cuda", SimpleNamespace(kernel=lambda *args: seen.append((current[-1], args))))
-    backend.launch_cuda("kernel", SimpleNamespace(device=torch.device("cuda:1")), 5)
-    assert seen == [(1, (5, 101))] and current == [0]
+    backend.launch_cuda("kernel", SimpleNamespace(device=torch.device("cuda", index)), 5)
+    assert seen == [(index, (5, 100 + index))] and current == [0]

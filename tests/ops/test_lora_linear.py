@@ -9,6 +9,7 @@ from oracle import DTYPES, assert_as_accurate, strided_variants
 from torch.utils.checkpoint import checkpoint
 
 from fastrl.ops import LoRAWeights, lora_linear, lora_linear_group
+from fastrl.reference import lora_linear as reference
 from fastrl.reference.lora_linear import _philox, dropout_keep
 
 NATIVE = "cpu"
@@ -382,3 +383,30 @@ def test_properties(count, features, out, rank, scaling, seed):
     both = lora_linear_group(x, [one, other], backend=NATIVE)
     torch.testing.assert_close(both[0], adapted(scaling), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(both[1], lora_linear(x, *other[:4], backend=NATIVE), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "count, training, dropout, adapters, eager",
+    [
+        (16, False, 0.0, torch.bfloat16, True),
+        (64, False, 0.0, torch.bfloat16, False),
+        (64, True, 0.0, torch.bfloat16, True),
+        (128, True, 0.0, torch.bfloat16, False),
+        (16, True, 0.1, torch.bfloat16, False),
+        (16, True, 0.0, torch.float32, False),
+    ],
+)
+def test_small_batches_run_eagerly(monkeypatch, count, training, dropout, adapters, eager):
+    """Where calls cost more than fused products save; an explicit backend is still obeyed."""
+    module, calls = "fastrl.reference.lora_linear.lora_linear_group", []
+    original = reference.lora_linear_group
+    monkeypatch.setattr(module, lambda *args: calls.append(args) or original(*args))
+    one = layer(24, 8, 4, torch.bfloat16, bias=False)
+    one = one._replace(lora_a=one.lora_a.to(adapters), lora_b=one.lora_b.to(adapters))
+    x = rows(count, 24, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(training):
+        lora_linear(x, *one[:4], dropout=dropout)
+        assert bool(calls) == eager
+        calls.clear()
+        lora_linear(x, *one[:4], dropout=dropout, backend=NATIVE)
+        assert not calls
