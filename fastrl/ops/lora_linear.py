@@ -42,9 +42,9 @@ def lora_linear(
         y = x W^T + bias + scaling * (D(x) A^T) B^T
 
     Same value as PEFT's ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, or
-    ``F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling``. The adapter's
-    product accumulates onto the base product (GEMM with beta = 1), in the forward and in the gradient of x. Saved for
-    backward: x and D(x) A^T (M x r); no copy of x, no adapter output.
+    ``F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling``. Of base
+    product and adapter's product the second accumulates onto the first (GEMM with beta = 1), in the forward and in the
+    gradient of x. Saved for backward: x and D(x) A^T (M x r); no copy of x, no adapter output.
 
     Args:
         x: (..., K) float32, bfloat16 or float16 (float64 runs on `reference`). Any strides.
@@ -61,7 +61,7 @@ def lora_linear(
         (..., O) in the dtype of x.
     Raises:
         ValueError: shape, dtype, device or value does not fit.
-    Numerics: products accumulate in fp32; D(x) A^T, the base product and the result are rounded to the dtype of x.
+    Numerics: products accumulate in fp32; D(x) A^T, the first product and the result are rounded to the dtype of x.
         Under torch.autocast every argument is cast as F.linear would cast it. Differentiable once.
     Source: Hu et al. 2021, arXiv:2106.09685; Salmon et al. 2011 (Philox).
     """
