@@ -50,6 +50,7 @@ class Outcome(NamedTuple):
 
 def build(gpu: Gpu, folder: Path) -> Iterator[Step]:
     environment = {"FASTRL_CUDA": "on", "FASTRL_WERROR": "ON", "FASTRL_CUDA_ARCHITECTURES": f"{gpu.arch}-real"}
+    environment["CUDAFLAGS"] = "-lineinfo"  # compute-sanitizer and profilers then name source lines
     yield Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], environment=environment)
     yield Step("doctor", [PYTHON, "-m", "fastrl.cli", "doctor", "--dtype", "bfloat16"], 60)
 
