@@ -104,7 +104,11 @@ def cuda() -> list[tuple[str, str]]:
         return rows
     if backend.cuda is None:
         return [*rows, ("native CUDA part", "not built (no nvcc, or FASTRL_CUDA=off)")]
-    return [*rows, ("native CUDA part", f"built with CUDA {_dotted(backend._C.cuda_runtime_version())}"), *_driver()]
+    return [
+        *rows,
+        ("native CUDA part", f"built with CUDA {backend.dotted(backend._C.cuda_runtime_version())}"),
+        *_driver(),
+    ]
 
 
 def _gpu(number: int) -> str:
@@ -126,18 +130,13 @@ def _driver() -> list[tuple[str, str]]:
     native = backend._C
     if native.cuda_driver_version() == 0:
         return [("driver", "none found; the CUDA kernels need one")]
-    rows = [("driver", f"supports CUDA up to {_dotted(native.cuda_driver_version())}")]
+    rows = [("driver", f"supports CUDA up to {backend.dotted(native.cuda_driver_version())}")]
     if backend.driver_problem():
         return [*rows, ("", f"too old: {backend.driver_problem()}")]
     if native.cuda_device_count() == 0:
         return [*rows, ("", "sees no device (CUDA_VISIBLE_DEVICES?)")]
     outcome = native.cuda_probe()
     return [*rows, ("first kernel", "runs" if outcome == "no error" else f"fails: {outcome}")]
-
-
-def _dotted(version: int) -> str:
-    """13.0 for CUDA's 13000."""
-    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _numbers(capability: tuple[int, int]) -> str:

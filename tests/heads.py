@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from oracle import assert_as_accurate
 
 from fastrl.ops import linear_head_chunks, linear_head_cpu, linear_logprobs
 
@@ -85,3 +86,16 @@ def small_chunks(monkeypatch, rows=8, columns=64):
 
 def on(case, device):
     return HeadCase(*(None if tensor is None else tensor.to(device) for tensor in case))
+
+
+def assert_matches_float64(backend, case, **options):
+    """linear_logprobs and its gradients: as accurate as eager, log-probs not above 0, gradients in their own dtypes."""
+    actual = results(case, backend=backend, **options)
+    eager = results(case, backend="reference", **options)
+    truth = results(case.to(torch.float64), backend="reference", **options)
+    assert actual.keys() == truth.keys()
+    for name, value in actual.items():
+        assert_as_accurate(value, eager[name], truth[name], name)
+    assert (actual["logprobs"] <= 0).all()
+    for name in actual.keys() & set(PARAMETERS):
+        assert actual[name].dtype == getattr(case, name).dtype  # T30

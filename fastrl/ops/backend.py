@@ -96,24 +96,33 @@ def _driver_problem() -> str:
     driver, runtime = _C.cuda_driver_version(), _C.cuda_runtime_version()
     if driver // 1000 >= runtime // 1000:  # within a major version any driver will do
         return ""
-    offers, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    offers, needs = dotted(driver), dotted(runtime)
     return (
         f"the driver supports CUDA up to {offers}, the kernels were built with CUDA {needs}; "
         f"update the driver, or build fastrl with nvcc {offers} or older"
     )
 
 
-def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
+def dotted(version: int) -> str:
+    """13.0 for CUDA's 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def choose(op: str, tensor: torch.Tensor, backend: str | None = None, *, eager: bool = False) -> str:
     """The backend that runs `op` on tensors like `tensor`."""
-    return choose_for(op, tensor.device, tensor.dtype, backend)
+    return choose_for(op, tensor.device, tensor.dtype, backend, eager=eager)
 
 
-def choose_for(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    """See `choose`."""
+def choose_for(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, *, eager: bool = False
+) -> str:
+    """See `choose`; `eager`: plain torch was measured faster at this shape and runs unless a backend is asked for."""
     source = "backend" if backend is not None else "FASTRL_BACKEND"
     requested = backend if backend is not None else os.environ.get("FASTRL_BACKEND")
     if requested:
         return _require(op, requested, source, device, dtype)
+    if eager:
+        return "reference"
     for candidate in NATIVE_BACKENDS[op]:
         if not why_not(candidate, op, device, dtype):
             return candidate
@@ -177,10 +186,11 @@ def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -
 def triton_kernel(op: str, name: str) -> Callable[..., None]:
     """The launcher `name` of kernels/<op>.py; Triton is imported at the first call."""
 
-    def launch(*args: Any) -> None:
-        getattr(importlib.import_module(f"fastrl.kernels.{op}"), name)(*args)
+    @functools.cache
+    def launcher() -> Callable[..., None]:
+        return getattr(importlib.import_module(f"fastrl.kernels.{op}"), name)
 
-    return launch
+    return lambda *args: launcher()(*args)
 
 
 def launch_cuda(name: str, tensor: torch.Tensor, *args: Any) -> None:

@@ -192,12 +192,12 @@ class ParameterGradient:
             self.total.index_add_(0, token_ids, targets)
 
     def finish(self, *, empty):
-        if self.total is not None and self.total is not self.outputs[0]:
-            self._write(0, self.vocab, self.total)
-        elif self.total is None and empty:
+        if empty:
             for output in self.outputs:
                 if output is not None:
                     output.zero_()
+        elif self.total is not None and self.total is not self.outputs[0]:
+            self._write(0, self.vocab, self.total)
 
     def _write(self, begin, end, total):
         _split(total, self.width, self.first, *(None if t is None else t[begin:end] for t in self.outputs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,7 +105,7 @@ def _run(op, x, layers, dropout, backend):
         layers = [_cast_base(layer, dtype) for layer in layers]
     for layer in layers:
         _check_layer(op, x, layer)
-    backend = choose(op, x, backend or _eager_if_faster(x, layers, dropout))
+    backend = choose(op, x, backend, eager=_eager_is_faster(x, layers, dropout))
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference":
         return reference.lora_linear_group(x, layers, dropout, seed)
@@ -124,14 +123,12 @@ def _run(op, x, layers, dropout, backend):
 EAGER_ROWS, EAGER_TRAINING_ROWS = 48, 128
 
 
-def _eager_if_faster(x, layers, dropout):
-    """`reference` where eager torch was measured faster and nothing else is asked for, else None: no preference."""
-    if x.device.type != "cpu" or dropout > 0 or os.environ.get("FASTRL_BACKEND"):
-        return None
-    if any(layer.lora_a.dtype != x.dtype or layer.lora_b.dtype != x.dtype for layer in layers):
-        return None  # eager would widen x
+def _eager_is_faster(x, layers, dropout):
     limit = EAGER_TRAINING_ROWS if torch.is_grad_enabled() else EAGER_ROWS
-    return "reference" if x.numel() < limit * x.shape[-1] else None
+    if x.device.type != "cpu" or dropout > 0 or x.numel() >= limit * x.shape[-1]:
+        return False
+    same_dtype = (layer.lora_a.dtype == layer.lora_b.dtype == x.dtype for layer in layers)
+    return all(same_dtype)  # else eager widens x
 
 
 def _cast_base(layer, dtype):

@@ -91,8 +91,10 @@ def ppo_loss(
     _check_denominator(denominator, logprobs)
     dtype = compute_dtype(logprobs, values, old_logprobs, old_values, advantages, returns, entropy)
     backend = choose_for(OP, logprobs.device, dtype, backend)
-    if denominator is not None:
-        denominator = torch.as_tensor(denominator, dtype=dtype, device=logprobs.device)
+    if isinstance(denominator, torch.Tensor):
+        denominator = denominator.to(dtype)
+    elif denominator is not None:  # filled on the device: a copy from the host would wait
+        denominator = torch.full((), denominator, dtype=dtype, device=logprobs.device)
     logprobs, values = logprobs.to(dtype).contiguous(), values.to(dtype).contiguous()
     entropy = None if entropy is None else entropy.to(dtype).contiguous()
     old_logprobs, old_values, advantages, returns = (

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.checks import FLOAT_DTYPES, check, check_data, check_device, check_ids, check_non_negative, check_shape
+from fastrl.checks import (
+    FLOAT_DTYPES,
+    check,
+    check_data,
+    check_device,
+    check_ids,
+    check_non_negative,
+    check_shape,
+    debugging,
+)
 from fastrl.ops import backend as native
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ranking_loss as reference
@@ -73,7 +81,7 @@ def ranking_loss(
         loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
     else:
         group_ids, ranks = group_ids.long().contiguous(), ranks.double().contiguous()
-        if backend != "cpu" and os.environ.get("FASTRL_DEBUG") == "1" and not torch.compiler.is_compiling():
+        if backend != "cpu" and debugging() and not torch.compiler.is_compiling():
             check(not bool(ranks.isnan().any()), OP, "ranks", "numbers", "nan")
         loss, stats = _RankingLoss.apply(scores, group_ids, ranks, margins, float(center_coef), backend)
     return loss, RankingStats(*stats.unbind())

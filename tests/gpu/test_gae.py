@@ -8,17 +8,8 @@ from gpus import HAS_GPU
 from oracle import assert_as_accurate
 
 from fastrl.ops import gae
-from fastrl.ops.backend import NATIVE_BACKENDS
 
-OP = "gae"
 STEPS = [1, 2, 3, 4, 5, 17, 31, 32, 33, 100, 128, 129]
-
-
-@pytest.fixture
-def native(gpu_backend):
-    if gpu_backend not in NATIVE_BACKENDS[OP]:
-        pytest.skip(f"{OP} has no {gpu_backend} kernel")
-    return gpu_backend
 
 
 def case(rows, steps, device, seed=0):
@@ -35,8 +26,8 @@ def case(rows, steps, device, seed=0):
     return [t.to(device) for t in tensors]
 
 
-def check(native, rewards, values, mask, **options):
-    actual = gae(rewards, values, mask, backend=native, **options)
+def check(gpu_backend, rewards, values, mask, **options):
+    actual = gae(rewards, values, mask, backend=gpu_backend, **options)
     eager = gae(rewards, values, mask, backend="reference", **options)
     truth = gae(rewards.double(), values, mask, backend="reference", **options)
     for name, a, e, t in zip(["advantages", "returns"], actual, eager, truth, strict=True):
@@ -45,30 +36,30 @@ def check(native, rewards, values, mask, **options):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("rows", [1, 3, 33])
-def test_matches_float64(native, device, rows, steps):
+def test_matches_float64(gpu_backend, device, rows, steps):
     """T28: lengths around a lane, a warp and a block; mask, dones, bootstrap and lambda per row, or none of them."""
     rewards, values, mask, dones, bootstrap, lambdas = case(rows, steps, device)
-    check(native, rewards, values, mask, gamma=0.97, gae_lambda=lambdas, dones=dones, bootstrap_value=bootstrap)
-    check(native, rewards, values, None)
+    check(gpu_backend, rewards, values, mask, gamma=0.97, gae_lambda=lambdas, dones=dones, bootstrap_value=bootstrap)
+    check(gpu_backend, rewards, values, None)
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(5, 1023), (3, 4097), (2, 2048)])
-def test_long_rows(native, device, rows, steps):
+def test_long_rows(gpu_backend, device, rows, steps):
     """Rows of more than one chunk hand their state on, whatever the mask."""
     rewards, values, mask, dones, bootstrap, _ = case(rows, steps, device)
-    check(native, rewards, values, mask, gae_lambda=1.0, bootstrap_value=bootstrap)
-    check(native, rewards, values, mask, gamma=0.99, dones=dones)
+    check(gpu_backend, rewards, values, mask, gae_lambda=1.0, bootstrap_value=bootstrap)
+    check(gpu_backend, rewards, values, mask, gamma=0.99, dones=dones)
 
 
 @pytest.mark.parametrize("steps", [7, 64, 300])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_holes_equal_the_compacted_row(native, device, steps, poison):
+def test_holes_equal_the_compacted_row(gpu_backend, device, steps, poison):
     """T20, T27, pitfalls 8, 9: dropped slots may hold anything and hand the right on to the left."""
     rewards, values, mask, dones, bootstrap, _ = case(6, steps, device)
     rewards[~mask] = values[~mask] = poison
     dones[~mask] = True
     bootstrap[1] = poison  # of a row that keeps nothing
-    options = dict(gamma=0.9, backend=native)
+    options = dict(gamma=0.9, backend=gpu_backend)
     advantages, returns = gae(rewards, values, mask, dones=dones, bootstrap_value=bootstrap, **options)
     assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
     for b in range(6):
@@ -81,45 +72,49 @@ def test_holes_equal_the_compacted_row(native, device, steps, poison):
 
 
 @pytest.mark.parametrize("steps", [20, 200])
-def test_nan_passes_to_the_left_up_to_a_done(native, device, steps):
+def test_nan_passes_to_the_left_up_to_a_done(gpu_backend, device, steps):
     rewards, values, *_ = case(3, steps, device)
     dones = torch.zeros(3, steps, dtype=torch.bool, device=device)
     dones[1, 2] = True
     rewards[1, 10] = torch.nan
-    advantages, _ = gae(rewards, values, dones=dones, backend=native)
+    advantages, _ = gae(rewards, values, dones=dones, backend=gpu_backend)
     assert advantages[1, 3:11].isnan().all() and advantages[1, 11:].isfinite().all()
     assert advantages[1, :3].isfinite().all() and advantages[[0, 2]].isfinite().all()
     dones[:, -1] = True  # the bootstrap value does not reach past the end
-    ended = gae(values, values, dones=dones, bootstrap_value=torch.full((3,), torch.nan, device=device), backend=native)
+    ended = gae(
+        values, values, dones=dones, bootstrap_value=torch.full((3,), torch.nan, device=device), backend=gpu_backend
+    )
     assert ended[0].isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [6, 8, 300])
-def test_rows_do_not_depend_on_the_batch(native, device, steps):
+def test_rows_do_not_depend_on_the_batch(gpu_backend, device, steps):
     """T15, pitfall 44: same bits on every run, alone or in a batch, at any alignment (T10)."""
     rewards, values, mask, *_ = case(9, steps, device)
-    want = gae(rewards, values, mask, backend=native)
-    again = gae(rewards, values, mask, backend=native)
+    want = gae(rewards, values, mask, backend=gpu_backend)
+    again = gae(rewards, values, mask, backend=gpu_backend)
     shifted = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for t in (rewards, values, mask)]
-    alone = gae(*(t[5:6] for t in shifted), backend=native)
+    alone = gae(*(t[5:6] for t in shifted), backend=gpu_backend)
     for w, a, one in zip(want, again, alone, strict=True):
         assert torch.equal(w, a) and torch.equal(w[5:6], one)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
-def test_empty(native, device, shape):
+def test_empty(gpu_backend, device, shape):
     empty = torch.empty(shape, device=device)
-    for result in gae(empty, empty, empty.bool(), bootstrap_value=torch.ones(shape[0], device=device), backend=native):
+    for result in gae(
+        empty, empty, empty.bool(), bootstrap_value=torch.ones(shape[0], device=device), backend=gpu_backend
+    ):
         assert result.shape == shape
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize(("rows", "steps"), [(70_000, 3), (512, 2048), (4, 100_003)])
-def test_large(native, device, rows, steps):
+def test_large(gpu_backend, device, rows, steps):
     """T12: more rows than a grid's second dimension allows; long rows. The reference runs in float64 on the CPU."""
     rewards, values, mask, *_ = case(rows, steps, device)
-    got = gae(rewards, values, mask, backend=native)
+    got = gae(rewards, values, mask, backend=gpu_backend)
     want = gae(rewards.cpu().double(), values.cpu(), mask.cpu(), backend="reference")
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.cpu().double(), w, rtol=1e-4, atol=1e-4)

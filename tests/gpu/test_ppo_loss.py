@@ -10,17 +10,8 @@ from gpus import HAS_GPU
 from oracle import assert_as_accurate
 
 from fastrl.ops import ppo_loss
-from fastrl.ops.backend import NATIVE_BACKENDS
 
-OP = "ppo_loss"
 NAMES = ["logprobs", "values", "old_logprobs", "old_values", "advantages", "returns", "mask"]
-
-
-@pytest.fixture
-def native(gpu_backend):
-    if gpu_backend not in NATIVE_BACKENDS[OP]:
-        pytest.skip(f"{OP} has no {gpu_backend} kernel")
-    return gpu_backend
 
 
 def case(rows, steps, device, seed=0):
@@ -50,8 +41,8 @@ def doubled(inputs):
     return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
 
 
-def check(native, inputs, entropy, **options):
-    actual = gradients(inputs, entropy, backend=native, **options)
+def check(gpu_backend, inputs, entropy, **options):
+    actual = gradients(inputs, entropy, backend=gpu_backend, **options)
     eager = gradients(inputs, entropy, backend="reference", **options)
     truth = gradients(doubled(inputs), entropy.double(), backend="reference", **options)
     for i, name in ((0, "loss"), (2, "dlogprobs"), (3, "dvalues"), (4, "dentropy")):
@@ -62,45 +53,45 @@ def check(native, inputs, entropy, **options):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 31, 32, 33, 100, 1023])
 @pytest.mark.parametrize(("vf_clip_coef", "dual_clip"), [(None, None), (0.2, 1.5)])
-def test_matches_float64(native, device, steps, vf_clip_coef, dual_clip):
+def test_matches_float64(gpu_backend, device, steps, vf_clip_coef, dual_clip):
     """T38: loss, statistics and all gradients, sizes around a warp and a block, any upstream."""
     inputs, entropy = case(3, steps, device)
-    check(native, inputs, entropy, vf_clip_coef=vf_clip_coef, dual_clip=dual_clip, ent_coef=0.01, upstream=-1.7)
+    check(gpu_backend, inputs, entropy, vf_clip_coef=vf_clip_coef, dual_clip=dual_clip, ent_coef=0.01, upstream=-1.7)
 
 
 @pytest.mark.slow
-def test_many_blocks(native, device, monkeypatch):
+def test_many_blocks(gpu_backend, device, monkeypatch):
     """More blocks of tokens than are summed at once."""
-    if native == "triton":
+    if gpu_backend == "triton":
         monkeypatch.setattr("fastrl.kernels.ppo_loss.BLOCK", 16)
     inputs, entropy = case(33, 130, device)
-    check(native, inputs, entropy, ent_coef=0.01)
+    check(gpu_backend, inputs, entropy, ent_coef=0.01)
 
 
 @pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize("denominator", [None, 7, torch.tensor(11.0)], ids=str)
-def test_denominators(native, device, rows, denominator):
+def test_denominators(gpu_backend, device, rows, denominator):
     """pitfalls 11, 16: the kept tokens, a number, or a tensor, which is not read on the host."""
     inputs, entropy = case(rows, 65, device)
     if isinstance(denominator, torch.Tensor):
         denominator = denominator.to(device)
-    check(native, inputs, entropy, denominator=denominator, ent_coef=0.1)
+    check(gpu_backend, inputs, entropy, denominator=denominator, ent_coef=0.1)
 
 
-def test_gradients_only_where_asked(native, device):
+def test_gradients_only_where_asked(gpu_backend, device):
     inputs, _ = case(3, 10, device)
     values = inputs["values"].clone().requires_grad_()
-    ppo_loss(**{**inputs, "values": values}, backend=native)[0].backward()
-    want = gradients(inputs, backend=native)[3]
+    ppo_loss(**{**inputs, "values": values}, backend=gpu_backend)[0].backward()
+    want = gradients(inputs, backend=gpu_backend)[3]
     assert torch.equal(values.grad, want)
-    assert not ppo_loss(**inputs, backend=native)[0].requires_grad
+    assert not ppo_loss(**inputs, backend=gpu_backend)[0].requires_grad
 
 
-def test_before_any_update(native, device):
+def test_before_any_update(gpu_backend, device):
     """pitfall 1: ratio 1, KL 0, nothing clipped, and at the tie the whole gradient -A and V - G."""
     inputs, _ = case(5, 40, device)
     inputs["logprobs"], inputs["values"] = inputs["old_logprobs"].clone(), inputs["old_values"].clone()
-    _, stats, dlogprobs, dvalues = gradients(inputs, vf_coef=0.5, denominator=1, backend=native)
+    _, stats, dlogprobs, dvalues = gradients(inputs, vf_coef=0.5, denominator=1, backend=gpu_backend)
     assert stats.ratio_mean == 1 and stats.ratio_max == 1
     assert stats.approx_kl == 0 and stats.clip_frac == 0 and stats.vf_clip_frac == 0
     mask = inputs["mask"]
@@ -109,14 +100,14 @@ def test_before_any_update(native, device):
 
 
 @pytest.mark.parametrize("log_ratio", [-200.0, -20.5, -20.0, -1.0, 0.0, 1.0, 20.0, 20.5, 200.0, 3e38])
-def test_extreme_log_ratios(native, device, log_ratio):
+def test_extreme_log_ratios(gpu_backend, device, log_ratio):
     """T19: finite loss, gradients never NaN, 0 outside +-20; at 20 it is still -A r; dropped slots do not care."""
     inputs, _ = case(2, 40, device)
     inputs["mask"][:] = True
     inputs["mask"][1, 20:] = False
     inputs["logprobs"] = inputs["old_logprobs"].zero_() + log_ratio
     inputs["advantages"] = torch.where(torch.arange(40, device=device) % 2 == 0, 1.0, -1.0).expand(2, 40)
-    loss, stats, dlogprobs, _ = gradients(inputs, denominator=1, backend=native)
+    loss, stats, dlogprobs, _ = gradients(inputs, denominator=1, backend=gpu_backend)
     assert torch.isfinite(loss) and torch.isfinite(dlogprobs).all()
     assert all(torch.isfinite(s) for s in stats) and stats.approx_kl >= 0
     ratio = math.exp(max(-20.0, min(20.0, log_ratio)))
@@ -130,29 +121,29 @@ def test_extreme_log_ratios(native, device, log_ratio):
 
 @pytest.mark.parametrize("steps", [32, 700])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_masked_positions_may_hold_anything(native, device, steps, poison):
+def test_masked_positions_may_hold_anything(gpu_backend, device, steps, poison):
     """T20, pitfalls 9, 10, 38, 39: poison where the mask drops; loss, statistics and gradients as without it."""
     inputs, entropy = case(6, steps, device)
-    clean = gradients(inputs, entropy, ent_coef=0.1, backend=native)
+    clean = gradients(inputs, entropy, ent_coef=0.1, backend=gpu_backend)
     mask = inputs["mask"]
     for name in NAMES[:-1]:
         inputs[name][~mask] = poison
     entropy[~mask] = poison
-    result = gradients(inputs, entropy, ent_coef=0.1, backend=native)
+    result = gradients(inputs, entropy, ent_coef=0.1, backend=gpu_backend)
     assert torch.equal(result[0], clean[0]) and torch.equal(torch.stack(result[1]), torch.stack(clean[1]))
     for got, want in zip(result[2:], clean[2:], strict=True):
         assert torch.equal(got, want) and (got[~mask] == 0).all()
     inputs["mask"] = mask & False
-    loss, stats, *grads = gradients(inputs, entropy, ent_coef=0.1, backend=native)
+    loss, stats, *grads = gradients(inputs, entropy, ent_coef=0.1, backend=gpu_backend)
     assert loss == 0 and (torch.stack(stats) == 0).all() and all((g == 0).all() for g in grads)
 
 
 @pytest.mark.parametrize("name", ["logprobs", "values", "old_logprobs", "advantages", "returns", "entropy"])
-def test_nan_in_a_kept_slot_is_seen(native, device, name):
+def test_nan_in_a_kept_slot_is_seen(gpu_backend, device, name):
     inputs, entropy = case(3, 40, device)
     inputs["mask"][:] = True
     (entropy if name == "entropy" else inputs[name])[1, 5] = torch.nan
-    loss, stats, dlogprobs, dvalues, _ = gradients(inputs, entropy, ent_coef=0.1, backend=native)
+    loss, stats, dlogprobs, dvalues, _ = gradients(inputs, entropy, ent_coef=0.1, backend=gpu_backend)
     assert loss.isnan()
     if name in ("logprobs", "old_logprobs", "advantages"):
         assert dlogprobs[1, 5].isnan() and stats.policy_loss.isnan()
@@ -162,31 +153,31 @@ def test_nan_in_a_kept_slot_is_seen(native, device, name):
     assert dlogprobs.isnan().sum() + dvalues.isnan().sum() <= 1
 
 
-def test_repeatable_at_any_alignment(native, device):
+def test_repeatable_at_any_alignment(gpu_backend, device):
     """T10, T15, pitfall 44: same bits on every run, and with inputs that start at any element."""
     inputs, entropy = case(5, 999, device)
-    want = gradients(inputs, entropy, ent_coef=0.1, backend=native)
+    want = gradients(inputs, entropy, ent_coef=0.1, backend=gpu_backend)
     shifted = {n: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for n, t in inputs.items()}
     for again in (inputs, shifted):
-        got = gradients(again, entropy, ent_coef=0.1, backend=native)
+        got = gradients(again, entropy, ent_coef=0.1, backend=gpu_backend)
         assert torch.equal(want[0], got[0]) and torch.equal(torch.stack(want[1]), torch.stack(got[1]))
         assert all(torch.equal(w, g) for w, g in zip(want[2:], got[2:], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
-def test_empty(native, device, shape):
+def test_empty(gpu_backend, device, shape):
     inputs = dict.fromkeys(NAMES, torch.empty(shape, device=device))
     inputs["mask"] = torch.empty(shape, dtype=torch.bool, device=device)
-    loss, stats, dlogprobs, _ = gradients(inputs, backend=native)
+    loss, stats, dlogprobs, _ = gradients(inputs, backend=gpu_backend)
     assert loss == 0 and (torch.stack(stats) == 0).all() and dlogprobs.shape == shape
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_large(native, device):
+def test_large(gpu_backend, device):
     """Many blocks, more than the count has; the last one is not full."""
     inputs, entropy = case(8191, 1025, device)
-    got = gradients(inputs, entropy, ent_coef=0.1, backend=native)
+    got = gradients(inputs, entropy, ent_coef=0.1, backend=gpu_backend)
     truth = gradients(doubled(inputs), entropy.double(), ent_coef=0.1, backend="reference")
     torch.testing.assert_close(got[0].double(), truth[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(got[1]), torch.stack(truth[1]), rtol=1e-4, atol=1e-5)

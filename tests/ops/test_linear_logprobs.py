@@ -1,27 +1,15 @@
 import pytest
 import torch
-from heads import PARAMETERS, head_case, lora_of, results, small_blocks
+from heads import PARAMETERS, assert_matches_float64, head_case, lora_of, results, small_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_as_accurate, strided_variants
+from oracle import DTYPES, strided_variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.ops import linear_head_cpu, linear_logprobs, token_logprobs
 
 NATIVE = "cpu"
 HEADS = {"plain": {}, "bias": {"bias": True}, "lora": {"lora": True}, "bias and lora": {"bias": True, "lora": True}}
-
-
-def assert_matches_float64(case, **options):
-    actual = results(case, backend=NATIVE, **options)
-    eager = results(case, backend="reference", **options)
-    truth = results(case.to(torch.float64), backend="reference", **options)
-    assert actual.keys() == truth.keys()
-    for name, value in actual.items():
-        assert_as_accurate(value, eager[name], truth[name], name)
-    assert (actual["logprobs"] <= 0).all()
-    for name in actual.keys() & set(PARAMETERS):
-        assert actual[name].dtype == getattr(case, name).dtype  # T30
 
 
 # T4, pitfall 23: vocabularies that are no multiple of a vector; 129 and 2049 are one past a block.
@@ -32,7 +20,7 @@ def test_matches_float64(vocab, dtype, blocks, monkeypatch):
     """T1, T2, T4, T16, T17, pitfalls 23, 31, 35: per-token upstream, ragged chunks, within twice eager's error."""
     if blocks == "small blocks":
         small_blocks(monkeypatch)
-    assert_matches_float64(head_case(vocab=vocab, dtype=dtype), temperature=0.7)
+    assert_matches_float64(NATIVE, head_case(vocab=vocab, dtype=dtype), temperature=0.7)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -42,8 +30,8 @@ def test_bias_lora_and_softcap(dtype, softcap, head, monkeypatch):
     """T34, pitfalls 26, 30: what a head may carry changes log-probs and gradients as in plain torch."""
     small_blocks(monkeypatch)
     case = head_case(dtype=dtype, **HEADS[head])
-    assert_matches_float64(case, temperature=1.3, softcap=softcap)
-    assert_matches_float64(case, temperature=0.7, softcap=softcap, entropy=False)
+    assert_matches_float64(NATIVE, case, temperature=1.3, softcap=softcap)
+    assert_matches_float64(NATIVE, case, temperature=0.7, softcap=softcap, entropy=False)
 
 
 @pytest.mark.parametrize("trained", [(name,) for name in PARAMETERS] + [("hidden", "lora_a", "lora_b")], ids=str)
@@ -59,7 +47,7 @@ def test_mixed_lora_dtype():
     """T22: a float32 adapter on a bfloat16 head, PEFT's default; its gradients are float32."""
     case = head_case(dtype=torch.bfloat16, lora=True)
     case = case._replace(lora_a=case.lora_a.float(), lora_b=case.lora_b.float())
-    assert_matches_float64(case)
+    assert_matches_float64(NATIVE, case)
 
 
 def test_reference_equals_the_torch_line():
