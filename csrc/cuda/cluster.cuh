@@ -8,13 +8,13 @@ namespace fastrl::cuda {
 
 #ifdef FASTRL_CUDA_ON_HOST
 
-inline unsigned cluster_rank() { return host_cuda::block().rank; }
-inline unsigned cluster_size() { return static_cast<unsigned>(host_cuda::machine.cluster.size()); }
-inline void cluster_sync() { host_cuda::wait(host_cuda::machine.cluster_barrier); }
+inline unsigned cluster_rank() { return host_cuda::cluster_rank(); }
+inline unsigned cluster_size() { return host_cuda::cluster_size(); }
+inline void cluster_sync() { host_cuda::cluster_barrier(); }
 
 template <typename T>
 T* map_shared(T* p, unsigned rank) {
-  return host_cuda::map_shared(p, rank);
+  return static_cast<T*>(host_cuda::map_shared(p, rank));
 }
 
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

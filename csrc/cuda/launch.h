@@ -1,5 +1,5 @@
 // How kernels are launched and checked. Every .cu file includes this header and no other header of
-// CUDA, so that the tests can compile the same kernels for the host (tests/gpu/host_cuda.h) and run
+// CUDA, so that the tests can compile the same kernels for the host (tests/gpu/host_cuda) and run
 // them without a GPU.
 #pragma once
 

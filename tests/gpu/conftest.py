@@ -1,24 +1,17 @@
 """The GPU kernels' tests run anywhere: on a GPU as they are; without one Triton runs in its interpreter and CUDA's
-kernels run on the host, every thread a fiber (host_cuda.h). tests/conftest.py sets TRITON_INTERPRET where it is needed.
+kernels run on the host, every thread a fiber (host_cuda/machine.h). tests/conftest.py sets TRITON_INTERPRET where it is
+needed.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sysconfig
-from pathlib import Path
-
-import pybind11
+import host_cuda
 import pytest
 import torch
 from gpus import HAS_GPU
 from interpreter import speed_up_scans
 
 from fastrl.ops import backend
-
-ROOT = Path(__file__).parents[2]
 
 speed_up_scans()
 
@@ -44,23 +37,18 @@ def gpu_backend(request, monkeypatch) -> str:
 
 @pytest.fixture(scope="session")
 def host_cuda_kernels(tmp_path_factory):
-    """fastrl._C.cuda compiled for the host."""
-    folder = tmp_path_factory.mktemp("host_cuda")
-    path = folder / "host_cuda_kernels.so"
-    here = Path(__file__).parent
-    sources = [here / "host_module.cpp", ROOT / "csrc/cuda/bindings.cpp"]
-    kernels = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if p.name != "device.cu"]
-    includes = [ROOT / "csrc", here, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-DFASTRL_CUDA_ON_HOST", "-fvisibility=hidden"]
-    command = [os.environ.get("CXX", "g++"), *flags, *(f"-I{p}" for p in includes)]
-    jobs = []
-    for source in [*sources, *kernels]:
-        output = folder / f"{source.stem}{source.suffix}.o"
-        jobs.append((output, subprocess.Popen([*command, "-x", "c++", "-c", str(source), "-o", str(output)])))
-    for output, job in jobs:
-        assert job.wait() == 0, f"compiling {output.stem} for the host failed"
-    subprocess.run([command[0], "-shared", *(str(o) for o, _ in jobs), "-o", str(path)], check=True)
-    spec = importlib.util.spec_from_file_location("host_cuda_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """fastrl._C.cuda compiled for the host, with checks of every access to memory."""
+    return host_cuda.build_kernels(tmp_path_factory.mktemp("host_cuda"))
+
+
+@pytest.fixture(autouse=True)
+def kernels_touch_only_what_they_may(request, monkeypatch):
+    """Out of bounds, misaligned or unordered accesses of CUDA kernels on the host fail the test that launched them."""
+    if HAS_GPU or "host_cuda_kernels" not in request.fixturenames and "gpu_backend" not in request.fixturenames:
+        yield
+        return
+    module = request.getfixturevalue("host_cuda_kernels")
+    host_cuda.watch_addresses(module, monkeypatch)
+    module.device.take_reports()
+    yield
+    assert not (found := host_cuda.reports(module)), "\n".join(found)

@@ -1,0 +1,39 @@
+"""The machine that runs CUDA kernels on the host reports what would be wrong on a GPU."""
+
+from __future__ import annotations
+
+import host_cuda
+import pytest
+import torch
+from gpus import HAS_GPU
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernels run there, under compute-sanitizer")
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    folder, here = tmp_path_factory.mktemp("faults"), host_cuda.MACHINE
+    return host_cuda.build("host_cuda_faults", folder, [here / "faults.cu"], [here / "faults_module.cpp"])
+
+
+FAULTS = [  # kernel, argument without the fault, with it, blocks, what is reported
+    ("outside", 0, 0, (2, 3), "write of 4 bytes outside of every array"),
+    ("misaligned", 4, 5, (1, 1), "an address that is not aligned for its type"),
+    ("reverse", 0, 1, (1, 1), "what another thread may be"),
+    ("neighbour", 0, 1, (1, 1), "what another thread may be"),
+    ("same_element", 0, 1, (2, 2), "write of what another thread may be reading or writing"),
+    ("shuffle_with_returned_lanes", 32, 20, (1, 1), "a lane that has returned is waited for"),
+    ("shuffle_in_two_places", 32, 16, (1, 1), "threads wait for each other at two different places"),
+    ("read_the_other_block", 0, 1, (2, 2), "shared memory of a block that has ended"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "right", "wrong", "blocks", "report"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_every_fault_is_reported(faults, monkeypatch, kernel, right, wrong, blocks, report):
+    host_cuda.watch_addresses(faults, monkeypatch)
+    for argument, count, expected in ((right, blocks[0], False), (wrong, blocks[1], True)):
+        x = torch.zeros(192)
+        faults.run_fault(kernel, x[:128].data_ptr(), argument, count)
+        found = host_cuda.reports(faults)
+        assert bool(found) == expected, found
+    assert any(report in line and "faults.cu" in line for line in found), found
