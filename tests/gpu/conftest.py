@@ -9,11 +9,11 @@ import host_cuda
 import pytest
 import torch
 from gpus import HAS_GPU
-from interpreter import speed_up_scans
+from interpreter import amend
 
 from fastrl.ops import backend
 
-speed_up_scans()
+amend()
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conformance import test_addressing, test_poison, test_strides
 from conformance.calls import Call, all_calls, assert_same, evaluate, label
-from gpus import DTYPES, HAS_GPU
-from oracle import assert_as_accurate
+from gpus import HAS_GPU
+from oracle import DTYPES, assert_as_accurate
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CALLS = all_calls(device=DEVICE, backends=("reference",))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpus import DTYPES
 from heads import HeadCase, head_case, lora_of, on, small_chunks
-from oracle import assert_as_accurate
+from oracle import DTYPES, assert_as_accurate
 
 from fastrl.ops import linear_cross_entropy, linear_head_gpu
 

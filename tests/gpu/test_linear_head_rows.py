@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpus import DTYPES, HAS_GPU
-from oracle import assert_as_accurate
+from gpus import HAS_GPU
+from oracle import DTYPES, assert_as_accurate
 
 from fastrl.ops.linear_head_gpu import gradient_kernel, row_kernel
 from fastrl.reference.token_logprobs import token_logprobs as reference

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpus import DTYPES, HAS_GPU
+from gpus import HAS_GPU
 from heads import PARAMETERS, SCALING, assert_matches_float64, head_case, lora_of, on, results, small_chunks
-from oracle import assert_as_accurate, strided_variants
+from oracle import DTYPES, assert_as_accurate, strided_variants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 

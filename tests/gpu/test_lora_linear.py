@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpus import DTYPES, HAS_GPU
-from oracle import assert_as_accurate
+from gpus import HAS_GPU
+from oracle import DTYPES, assert_as_accurate
 
 from fastrl.ops import LoRAWeights, lora_linear, lora_linear_group
 from fastrl.ops import lora_linear_gpu as steps

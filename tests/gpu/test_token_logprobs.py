@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpus import DTYPES, HAS_GPU
-from oracle import assert_as_accurate
+from gpus import HAS_GPU
+from oracle import DTYPES, assert_as_accurate
 
 from fastrl.ops import backend, token_logprobs
 from fastrl.ops.token_logprobs import _backward, _forward
