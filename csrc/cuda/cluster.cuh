@@ -10,6 +10,8 @@ namespace fastrl::cuda {
 
 inline unsigned cluster_rank() { return host_cuda::cluster_rank(); }
 inline unsigned cluster_size() { return host_cuda::cluster_size(); }
+inline void cluster_arrive() { host_cuda::cluster_arrive(); }
+inline void cluster_wait() { host_cuda::cluster_wait(); }
 inline void cluster_sync() { host_cuda::cluster_barrier(); }
 
 template <typename T>
@@ -22,10 +24,14 @@ T* map_shared(T* p, unsigned rank) {
 __device__ inline unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 __device__ inline unsigned cluster_size() { return __clusterSizeInBlocks(); }
 
-// Waits for all threads of the cluster, which then see what they wrote to any memory.
+// Waits for all threads of the cluster, which then see what they wrote to any memory. In two steps:
+// wait() is only for what the others did before they arrived, so arrive() should come early: it
+// takes as long as the thread's stores.
+__device__ inline void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 __device__ inline void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
+  cluster_arrive();
+  cluster_wait();
 }
 
 // `p`, an address in the block's shared memory, in that of block `rank` of the cluster.
@@ -38,6 +44,8 @@ __device__ T* map_shared(T* p, unsigned rank) {
 
 __device__ inline unsigned cluster_rank() { return 0; }
 __device__ inline unsigned cluster_size() { return 1; }
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() { __syncthreads(); }
 __device__ inline void cluster_sync() { __syncthreads(); }
 
 template <typename T>

@@ -98,11 +98,13 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     }
     cluster_sync();  // partials are there, and nobody reads the row's memory any more
     const Partial rest = chip.combine_row(tiles, tiles_per_block, map.scale());
+    cluster_arrive();  // before the stores, which it would wait for
     const RowResult result = finish_row(rest, target, map);
     if (writes_results) results.write(row, result);
     const RowGradient<kSoftcap, kGradient> gradient(result, 1.0f, 1.0f, map);
     gradient_span(gradient, chip.logits, count, token_id - begin, dlogits, dentropy);
-    cluster_sync();  // the others have read this block's partials
+    __syncthreads();  // the block has read its logits
+    cluster_wait();   // the others have read this block's partials
   }
 }
 

@@ -25,6 +25,8 @@ FAULTS = [  # kernel, argument without the fault, with it, blocks, what is repor
     ("shuffle_with_returned_lanes", 32, 20, (1, 1), "a lane that has returned is waited for"),
     ("shuffle_in_two_places", 32, 16, (1, 1), "threads wait for each other at two different places"),
     ("read_the_other_block", 0, 1, (2, 2), "shared memory of a block that has ended"),
+    ("reuse_what_the_other_block_reads", 0, 1, (2, 2), "what another thread may be"),
+    ("arrive_twice", 0, 1, (2, 2), "cluster_arrive() and cluster_wait() do not take turns"),
 ]
 
 

@@ -32,7 +32,7 @@ Cell* last_cells = nullptr;
 std::vector<Range> arrays;  // of global memory
 bool launched = false;      // since the last array was allowed
 std::vector<uint32_t>
-    remote_accesses;      // to each block's shared memory: cluster barriers passed + 1
+    remote_accesses;      // to each block's shared memory: the cluster barrier that ends them
 std::vector<bool> ended;  // blocks of the running cluster with a thread that returned
 std::vector<std::pair<std::string, uintptr_t>> reports;
 
@@ -54,7 +54,7 @@ bool same_thread(const Moment& a, const Moment& b) {
 // Whether a barrier lies between what happened then and now.
 bool ordered(const Moment& then, const Moment& now) {
   if (then.cluster != now.cluster) return false;
-  if (now.cluster_barriers > then.cluster_barriers) return true;
+  if (now.cluster_waits > then.cluster_arrivals) return true;
   if (then.block != now.block) return false;
   if (then.thread == now.thread || now.block_barriers > then.block_barriers) return true;
   return then.thread / 32 == now.thread / 32 && now.warp_barriers > then.warp_barriers;
@@ -90,7 +90,7 @@ const Range* tracked_range(uintptr_t address, size_t bytes, const void* where) {
     if (!range.contains(address, bytes)) continue;
     if (block != scene.now->block) {
       if (ended[block]) report("shared memory of a block that has ended", where);
-      remote_accesses[block] = std::max(remote_accesses[block], scene.now->cluster_barriers + 1);
+      remote_accesses[block] = std::max(remote_accesses[block], scene.now->cluster_arrivals + 1);
     }
     return &range;
   }
@@ -154,7 +154,7 @@ void begin_shared(const Range& range) {
 void block_ends(const Moment& moment) {
   if (moment.block >= ended.size()) return;
   ended[moment.block] = true;
-  if (remote_accesses[moment.block] > moment.cluster_barriers) {
+  if (remote_accesses[moment.block] > moment.cluster_waits) {
     report("a block ends while others may be reading its shared memory", nullptr);
   }
 }

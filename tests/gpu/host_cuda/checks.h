@@ -10,10 +10,11 @@
 
 namespace host_cuda {
 
-// A thread of the launch, and how many barriers of each kind it has passed.
+// A thread of the launch, and how many barriers of each kind it has passed; the cluster's has two
+// steps, and orders what comes before a thread's arrival ahead of what comes after another's wait.
 struct Moment {
   uint32_t cluster = 0, block = 0, thread = 0;  // of the grid, of the cluster, of the block
-  uint32_t cluster_barriers = 0, block_barriers = 0, warp_barriers = 0;
+  uint32_t cluster_arrivals = 0, cluster_waits = 0, block_barriers = 0, warp_barriers = 0;
 };
 
 struct Range {
@@ -37,7 +38,8 @@ void report(const std::string& what, const void* where);
 
 void begin_launch();  // what was done in earlier ones is ordered before it
 
-// At the end of `block`: nobody may have touched its shared memory after its own last barrier.
+// At the end of a thread: nobody may touch its block's shared memory who has not arrived since at a
+// barrier of the cluster that the thread has waited for.
 void block_ends(const Moment& moment);
 
 void begin_shared(const Range& range);  // a block begins: nothing has been done there

@@ -62,6 +62,29 @@ __global__ void read_the_other_block(float* x) {
   if (kWait) cluster_sync();
 }
 
+template <bool kReadFirst>
+__global__ void reuse_what_the_other_block_reads(float* x) {
+  FASTRL_DYNAMIC_SHARED(shared);
+  auto* tile = reinterpret_cast<float*>(shared);
+  tile[threadIdx.x] = threadIdx.x;
+  cluster_sync();
+  const float* other = map_shared(tile, cluster_rank() ^ 1);
+  float value = 0.0f;
+  if (kReadFirst) value = other[threadIdx.x];
+  cluster_arrive();
+  if (!kReadFirst) value = other[threadIdx.x];
+  cluster_wait();
+  tile[threadIdx.x] = 0.0f;
+  x[blockIdx.x * kThreads + threadIdx.x] = value;
+}
+
+template <bool kWait>
+__global__ void arrive_twice(float*) {
+  cluster_arrive();
+  if (kWait) cluster_wait();
+  cluster_sync();
+}
+
 }  // namespace
 
 void run_fault(const std::string& name, uintptr_t address, int64_t argument, int blocks) {
@@ -83,6 +106,12 @@ void run_fault(const std::string& name, uintptr_t address, int64_t argument, int
   if (name == "read_the_other_block") {
     n ? launch_pairs(read_the_other_block<false>) : launch_pairs(read_the_other_block<true>);
   }
+  if (name == "reuse_what_the_other_block_reads") {
+    n ? launch_pairs(reuse_what_the_other_block_reads<false>)
+      : launch_pairs(reuse_what_the_other_block_reads<true>);
+  }
+  if (name == "arrive_twice")
+    n ? launch_pairs(arrive_twice<false>) : launch_pairs(arrive_twice<true>);
 }
 
 }  // namespace fastrl::cuda

@@ -24,6 +24,7 @@ namespace {
 
 constexpr size_t kStack = 64 << 10;
 constexpr int kNan = 0xff;  // bytes that are a NaN in every format
+constexpr char kTurns[] = "cluster_arrive() and cluster_wait() do not take turns";
 constexpr char kReturned[] = "a lane that has returned is waited for";
 
 struct Barrier {
@@ -55,6 +56,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   Moment moment;
+  unsigned generation = 0;  // of the cluster's barrier, when the thread arrived there
   bool done = false;
 };
 
@@ -77,19 +79,40 @@ Warp& warp() { return block().warps[machine.running->moment.thread / kWarpSize];
 
 void yield() { swapcontext(&machine.running->context, &machine.scheduler); }
 
-void wait(Barrier& barrier, const void* site) {
+// Returns what wait() takes.
+unsigned arrive(Barrier& barrier, const void* site) {
   machine.progress = true;
   if (barrier.arrived == 0) barrier.site = site;
   if (barrier.site != site) report("threads wait for each other at two different places", site);
   const unsigned generation = barrier.generation;
   ++barrier.arrived;
   barrier.release_if_full();
+  return generation;
+}
+
+void wait(const Barrier& barrier, unsigned generation) {
   while (barrier.generation == generation) yield();
+}
+
+void arrive_and_wait(Barrier& barrier, const void* site) { wait(barrier, arrive(barrier, site)); }
+
+void arrive_at_cluster(const void* site) {
+  Fiber& fiber = *machine.running;
+  if (fiber.moment.cluster_arrivals != fiber.moment.cluster_waits) report(kTurns, site);
+  ++fiber.moment.cluster_arrivals;
+  fiber.generation = arrive(machine.cluster_barrier, site);
+}
+
+void wait_for_cluster(const void* site) {
+  Fiber& fiber = *machine.running;
+  if (fiber.moment.cluster_arrivals == fiber.moment.cluster_waits) return report(kTurns, site);
+  wait(machine.cluster_barrier, fiber.generation);
+  ++fiber.moment.cluster_waits;
 }
 
 void wait_for_all_lanes(const void* site) {
   if (warp().left) report(kReturned, site);
-  wait(warp().barrier, site);
+  arrive_and_wait(warp().barrier, site);
 }
 
 void finish() {
@@ -98,6 +121,7 @@ void finish() {
   machine.progress = true;
   if (Barrier& b = warp().barrier; b.arrived > 0) report(kReturned, b.site);
   warp().left = true;
+  if (fiber.moment.cluster_arrivals != fiber.moment.cluster_waits) report(kTurns, nullptr);
   block_ends(fiber.moment);
   for (Barrier* b : {&warp().barrier, &block().barrier, &machine.cluster_barrier}) {
     --b->expected;
@@ -203,14 +227,17 @@ void warp_barrier() {
 }
 
 void block_barrier() {
-  wait(block().barrier, __builtin_return_address(0));
+  arrive_and_wait(block().barrier, __builtin_return_address(0));
   ++machine.running->moment.block_barriers;
 }
 
 void cluster_barrier() {
-  wait(machine.cluster_barrier, __builtin_return_address(0));
-  ++machine.running->moment.cluster_barriers;
+  arrive_at_cluster(__builtin_return_address(0));
+  wait_for_cluster(__builtin_return_address(0));
 }
+
+void cluster_arrive() { arrive_at_cluster(__builtin_return_address(0)); }
+void cluster_wait() { wait_for_cluster(__builtin_return_address(0)); }
 
 void exchange(void* value, size_t bytes, int source) {
   const void* site = __builtin_return_address(0);

@@ -38,6 +38,8 @@ unsigned char* dynamic_shared();
 void warp_barrier();
 void block_barrier();
 void cluster_barrier();
+void cluster_arrive();  // cluster_barrier() in two steps
+void cluster_wait();
 
 // Replaces `value` by what lane `source` of the warp holds; unchanged if there is no such lane.
 void exchange(void* value, size_t bytes, int source);
