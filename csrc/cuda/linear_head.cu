@@ -1,5 +1,6 @@
 // Row kernels of linear_logprobs and linear_cross_entropy, on chunks of float32 logits between the
 // library's multiplications.
+#include "async_copy.cuh"
 #include "cluster.cuh"
 #include "ops.h"
 #include "softmax_gradient.cuh"
@@ -31,16 +32,34 @@ struct OnChipRow {
         row(partials + tiles_per_block),
         slots(row + tiles) {}
 
-  // Reads tile `tile` of the row as the block's `place`-th; one warp.
-  template <bool kSoftcap>
-  __device__ void read_tile(const float* x, int tile, int place, int64_t vocab, int64_t token_id,
-                            const LogitMap& map) const {
+  // The calling lane's packs of the block's tile `place` are every kWarp-th from here on.
+  __device__ Words<float>* lane_packs(int place) const {
+    return reinterpret_cast<Words<float>*>(logits + place * kTile<float>) + lane_index();
+  }
+
+  // Begins to read tile `tile` of the row as the block's `place`-th; one warp.
+  __device__ void begin_tile(const float* x, int tile, int place, int64_t vocab) const {
+    Words<float>* kept = lane_packs(place);
+    const int64_t begin = int64_t{tile} * kTile<float>;
+    if (begin + kTile<float> <= vocab) {
+      const auto* from = reinterpret_cast<const Words<float>*>(x + begin) + lane_index();
+#pragma unroll
+      for (int i = 0; i < kTilePacks; ++i) begin_copy(kept + i * kWarp, from + i * kWarp);
+      return;
+    }
     Words<float> packs[kTilePacks];
     load_tile<true>(x, tile, vocab, packs);
-    auto* kept = reinterpret_cast<Words<float>*>(logits + place * kTile<float>);
 #pragma unroll
-    for (int i = 0; i < kTilePacks; ++i) kept[i * kWarp + lane_index()] = packs[i];
-    const int64_t target = token_id - int64_t{tile} * kTile<float>;
+    for (int i = 0; i < kTilePacks; ++i) kept[i * kWarp] = packs[i];
+  }
+
+  // Once the lanes' own packs are there; `target` is the target's place in the tile, if there.
+  template <bool kSoftcap>
+  __device__ void sum_tile(int place, int64_t target, const LogitMap& map) const {
+    const Words<float>* kept = lane_packs(place);
+    Words<float> packs[kTilePacks];
+#pragma unroll
+    for (int i = 0; i < kTilePacks; ++i) packs[i] = kept[i * kWarp];
     const Partial part = tile_partial<kSoftcap, true>(packs, target, map);
     if (lane_index() == 0) partials[place] = part;
   }
@@ -91,10 +110,14 @@ __global__ void __launch_bounds__(kRowThreads, 3)
       continue;
     }
     const float* x = row_pointer<const float>(logits, row);
+    for (int tile = first + warp_index(); tile < last; tile += kSlots) {
+      chip.begin_tile(x, tile, tile - first, vocab);
+    }
     const int64_t token_id = token_ids[row];
     const float target = target_logit<kSoftcap>(x, token_id, vocab, map);
+    wait_for_copies();
     for (int tile = first + warp_index(); tile < last; tile += kSlots) {
-      chip.read_tile<kSoftcap>(x, tile, tile - first, vocab, token_id, map);
+      chip.sum_tile<kSoftcap>(tile - first, token_id - int64_t{tile} * kTile<float>, map);
     }
     cluster_sync();  // partials are there, and nobody reads the row's memory any more
     const Partial rest = chip.combine_row(tiles, tiles_per_block, map.scale());

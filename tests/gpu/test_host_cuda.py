@@ -27,6 +27,7 @@ FAULTS = [  # kernel, argument without the fault, with it, blocks, what is repor
     ("read_the_other_block", 0, 1, (2, 2), "shared memory of a block that has ended"),
     ("reuse_what_the_other_block_reads", 0, 1, (2, 2), "what another thread may be"),
     ("arrive_twice", 0, 1, (2, 2), "cluster_arrive() and cluster_wait() do not take turns"),
+    ("copy", 0, 1, (1, 1), "a copy that its thread did not wait for"),
 ]
 
 

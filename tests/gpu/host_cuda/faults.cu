@@ -1,4 +1,5 @@
 // Kernels with one fault each, which the checks must report, and the same without it.
+#include "cuda/async_copy.cuh"
 #include "cuda/cluster.cuh"
 #include "cuda/launch.h"
 #include "faults.h"
@@ -85,6 +86,14 @@ __global__ void arrive_twice(float*) {
   cluster_sync();
 }
 
+template <bool kWait>
+__global__ void copy(float* x) {
+  __shared__ Pack16 tile[kThreads];
+  const auto* from = reinterpret_cast<const Pack16*>(x);
+  if (threadIdx.x < 16) begin_copy(tile + threadIdx.x, from + threadIdx.x);
+  if (kWait) wait_for_copies();
+}
+
 }  // namespace
 
 void run_fault(const std::string& name, uintptr_t address, int64_t argument, int blocks) {
@@ -110,6 +119,7 @@ void run_fault(const std::string& name, uintptr_t address, int64_t argument, int
     n ? launch_pairs(reuse_what_the_other_block_reads<false>)
       : launch_pairs(reuse_what_the_other_block_reads<true>);
   }
+  if (name == "copy") n ? launch(copy<false>) : launch(copy<true>);
   if (name == "arrive_twice")
     n ? launch_pairs(arrive_twice<false>) : launch_pairs(arrive_twice<true>);
 }

@@ -24,6 +24,7 @@ namespace {
 
 constexpr size_t kStack = 64 << 10;
 constexpr int kNan = 0xff;  // bytes that are a NaN in every format
+constexpr char kUnawaited[] = "a copy that its thread did not wait for";
 constexpr char kTurns[] = "cluster_arrive() and cluster_wait() do not take turns";
 constexpr char kReturned[] = "a lane that has returned is waited for";
 
@@ -52,11 +53,18 @@ struct Block {
   Range shared;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  const void* site;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   Moment moment;
-  unsigned generation = 0;  // of the cluster's barrier, when the thread arrived there
+  unsigned generation = 0;   // of the cluster's barrier, when the thread arrived there
+  std::vector<Copy> copies;  // begun and not waited for
   bool done = false;
 };
 
@@ -122,6 +130,8 @@ void finish() {
   if (Barrier& b = warp().barrier; b.arrived > 0) report(kReturned, b.site);
   warp().left = true;
   if (fiber.moment.cluster_arrivals != fiber.moment.cluster_waits) report(kTurns, nullptr);
+  for (const Copy& copy : fiber.copies) report(kUnawaited, copy.site);
+  fiber.copies.clear();
   block_ends(fiber.moment);
   for (Barrier* b : {&warp().barrier, &block().barrier, &machine.cluster_barrier}) {
     --b->expected;
@@ -255,6 +265,19 @@ void gather(const void* value, size_t bytes, void* values) {
     std::memcpy(static_cast<char*>(values) + i * bytes, warp().slots[i], bytes);
   }
   wait_for_all_lanes(site);
+}
+
+void begin_copy(void* to, const void* from) {
+  machine.running->copies.push_back({to, from, __builtin_return_address(0)});
+}
+
+bool next_copy(void*& to, const void*& from) {
+  std::vector<Copy>& copies = machine.running->copies;
+  if (copies.empty()) return false;
+  to = copies.back().to;
+  from = copies.back().from;
+  copies.pop_back();
+  return true;
 }
 
 void* map_shared(void* p, unsigned rank) {

@@ -47,6 +47,10 @@ void exchange(void* value, size_t bytes, int source);
 // What every lane of the warp holds, one after another.
 void gather(const void* value, size_t bytes, void* values);
 
+// Notes a copy of the running thread; it is made by whoever takes it, when the thread waits for it.
+void begin_copy(void* to, const void* from);
+bool next_copy(void*& to, const void*& from);  // false if none is left
+
 // `p`, an address in the running block's dynamic shared memory, in that of another of its cluster.
 void* map_shared(void* p, unsigned rank);
 
