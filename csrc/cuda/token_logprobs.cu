@@ -6,8 +6,9 @@
 namespace fastrl::cuda {
 namespace {
 
-// A row of many tiles is split over blocks where there are too few rows for the GPU's processors.
-constexpr int64_t kFewRows = 128;
+// A row of many tiles is split over blocks where whole rows would leave processors idle, at once or
+// while the last ones finish: a large GPU takes about 600 blocks at a time.
+constexpr int64_t kFewRows = 1024;
 
 template <bool kSoftcap, bool kMean, typename T>
 __global__ void __launch_bounds__(kRowThreads, 4)
