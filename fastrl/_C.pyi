@@ -104,6 +104,25 @@ class cuda:
     @staticmethod
     def lora_dropout(matrix: int, dtype: int, rows: int, cols: int, seed: int, threshold: int, stream: int) -> None: ...
     @staticmethod
+    def lora_up_backward(
+        dy: int,
+        down: int,
+        down_stride: int,
+        lora_b: int,
+        dtype: int,
+        rows: int,
+        cols: int,
+        rank: int,
+        scaling: float,
+        workspace: int,
+        ddown: int,
+        ddown_stride: int,
+        db: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def lora_up_backward_workspace(rows: int, cols: int, rank: int) -> int: ...
+    @staticmethod
     def ppo_advantages(
         logprobs: int,
         ref_logprobs: int,

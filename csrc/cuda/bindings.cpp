@@ -117,6 +117,23 @@ void bind_lora_linear(py::module_& m) {
       py::arg("ddown"), py::arg("lora_a"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
       py::arg("rank"), py::arg("seed"), py::arg("threshold"), py::arg("dx"), py::arg("stream"),
       "dx (rows, cols) = D(ddown lora_a); as lora_down.");
+  m.def(
+      "lora_up_backward",
+      [](uintptr_t dy, uintptr_t down, int64_t down_stride, uintptr_t lora_b, int dtype,
+         int64_t rows, int64_t cols, int64_t rank, float scaling, uintptr_t workspace,
+         uintptr_t ddown, int64_t ddown_stride, uintptr_t db, uintptr_t stream) {
+        lora_up_backward(pointer<const void>(dy), pointer<const void>(down), down_stride,
+                         pointer<const void>(lora_b), dtype, rows, cols, rank, scaling,
+                         pointer<float>(workspace), pointer<void>(ddown), ddown_stride,
+                         pointer<void>(db), pointer<void>(stream));
+      },
+      py::arg("dy"), py::arg("down"), py::arg("down_stride"), py::arg("lora_b"), py::arg("dtype"),
+      py::arg("rows"), py::arg("cols"), py::arg("rank"), py::arg("scaling"), py::arg("workspace"),
+      py::arg("ddown"), py::arg("ddown_stride"), py::arg("db"), py::arg("stream"),
+      "ddown (rows, rank) = scaling dy lora_b and db (cols, rank) = scaling dy^T down in bfloat16 "
+      "or float16, from one reading of dy (rows, cols).");
+  m.def("lora_up_backward_workspace", &lora_up_backward_workspace, py::arg("rows"), py::arg("cols"),
+        py::arg("rank"), "Floats of workspace that lora_up_backward needs.");
 }
 
 void bind_ppo_advantages(py::module_& m) {

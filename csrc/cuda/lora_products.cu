@@ -4,95 +4,51 @@
 // Tensor cores take sums over 16 columns in any order, so a lane holds the columns that one memory
 // access and four Philox words give it: of a block of 64 columns, columns 16 w + n for w = 0 .. 3,
 // whose words are those of counter n.
-#include "mma.cuh"
+#include "lora_tiles.cuh"
 #include "ops.h"
 #include "philox.cuh"
 
 namespace fastrl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kTile = 16;              // rows of one product's left factor
 constexpr int kCounters = 16;          // Philox counters of a block of columns
 constexpr int kBlock = 4 * kCounters;  // its columns
 constexpr int kRowsOfSplit = 1024;     // rows that one part of the gradient sums over
 constexpr int kGradientTiles = 2;      // ranks of a block of the gradient, in tiles
 constexpr int kInputTiles = 2;         // rows of a warp of the input's gradient, in tiles
-
-// (rows, cols), cols contiguous; T is bf16 or fp16.
-template <typename T>
-struct Matrix {
-  const T* data;
-  int64_t rows, cols, stride;
-};
+constexpr int64_t kFewRows = 8192;     // from more on, a block of lora_down has two tiles of rows
 
 struct Dropout {
   const int64_t* seed;  // null for none
   uint32_t threshold;
 };
 
-// Four elements from a column that is a multiple of 4 must be one access.
-template <typename T>
-void check_layout(const char* op, const Matrix<T>& x) {
-  if (x.cols % 4 != 0 || x.stride % 4 != 0 || reinterpret_cast<uintptr_t>(x.data) % 8 != 0) {
-    throw std::invalid_argument(std::string(op) +
-                                ": expected rows that start at multiples of 8 bytes"
-                                " and have a multiple of 4 elements");
-  }
-}
+// A Dropout whose seed is at hand.
+struct Draw {
+  bool on;
+  uint32_t threshold;
+  int64_t seed;
 
-template <typename T>
-__device__ inline uint32_t bits_at(const Matrix<T>& x, int64_t row, int64_t col) {
-  return row < x.rows && col < x.cols ? x.data[row * x.stride + col].bits : 0u;
-}
-
-template <int kWords>
-struct alignas(4 * kWords) Words {
-  uint32_t x[kWords];
+  __device__ explicit Draw(const Dropout& d)
+      : on(d.seed != nullptr), threshold(d.threshold), seed(on ? *d.seed : 0) {}
 };
-
-// 2 kWords neighbours of a row, 0 outside the matrix; col is a multiple of 2 kWords.
-template <int kWords, typename T>
-__device__ inline void load_words(const Matrix<T>& x, int64_t row, int64_t col,
-                                  uint32_t (&words)[kWords]) {
-  Words<kWords> found{};
-  if (row < x.rows && col < x.cols) {
-    found = *reinterpret_cast<const Words<kWords>*>(x.data + row * x.stride + col);
-  }
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = found.x[i];
-}
 
 // Drops what a lane holds of one row and one block of columns: element i of x[w] is column
 // 16 w + first + i.
 template <int kWords>
-__device__ inline void drop(const Dropout& dropout, int64_t row, int64_t block, int first,
+__device__ inline void drop(const Draw& draw, int64_t row, int64_t block, int first,
                             uint32_t (&x)[4][kWords]) {
-  if (dropout.seed == nullptr) return;
+  if (!draw.on) return;
 #pragma unroll
   for (int i = 0; i < 2 * kWords; ++i) {
     const auto counter = static_cast<uint32_t>(block * kCounters + first + i);
-    const PhiloxWords words = philox(counter, row, *dropout.seed);
+    const PhiloxWords words = philox(counter, row, draw.seed);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      if (words.w[w] < dropout.threshold) x[w][i / 2] &= i % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
+      if (words.w[w] < draw.threshold) x[w][i / 2] &= i % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
     }
   }
 }
-
-// What every warp has of a tile of kTile rows; their sum in the order of the warps.
-template <int kCols>
-struct WarpTiles {
-  float x[kWarps][kTile][kCols];
-
-  __device__ float sum(int row, int col) const {
-    float total = x[0][row][col];
-#pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) total += x[warp][row][col];
-    return total;
-  }
-};
 
 // down[m, r] = sum_k D(x)[m, k] a[r, k] for 16 kRowTiles rows and 8 kRankTiles ranks. The block's
 // warps share the columns, so a row's bits do not depend on how many rows there are.
@@ -100,6 +56,7 @@ template <typename T, int kRowTiles, int kRankTiles>
 __global__ void __launch_bounds__(kThreads)
     lora_down_kernel(Matrix<T> x, Matrix<T> a, Dropout dropout, int64_t rank_blocks, T* down) {
   constexpr int kRanks = 8 * kRankTiles;
+  const Draw draw(dropout);
   __shared__ WarpTiles<kRanks> tiles;
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   const int64_t first_row = blockIdx.x / rank_blocks * (kRowTiles * kTile);
@@ -117,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      drop(dropout, first_row + 8 * i + g, block, 4 * t, rows[i]);
+      drop(draw, first_row + 8 * i + g, block, 4 * t, rows[i]);
     }
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -154,25 +111,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Both halves of two words as two words: the first elements, or the second ones.
-__device__ inline uint32_t first_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
-__device__ inline uint32_t second_halves(uint32_t a, uint32_t b) {
-  return a >> 16 | (b & 0xffff0000u);
-}
-
-// c += left times 16 rows of 64 columns; cols holds, of rows 2t, 2t + 1, 2t + 8, 2t + 9, columns
-// 16 w + 2 g + 0, 1. Column n of product 2 w + h is column 16 w + 2 n + h.
-template <typename T>
-__device__ inline void multiply_add_columns(float (&c)[8][4], const uint32_t (&left)[4],
-                                            const uint32_t (&cols)[4][4][1]) {
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const uint32_t x[4] = {cols[0][w][0], cols[1][w][0], cols[2][w][0], cols[3][w][0]};
-    multiply_add<T>(c[2 * w], left, {first_halves(x[0], x[1]), first_halves(x[2], x[3])});
-    multiply_add<T>(c[2 * w + 1], left, {second_halves(x[0], x[1]), second_halves(x[2], x[3])});
-  }
-}
-
 // parts[s, r, k] = sum over the rows m of split s of ddown[m, r] D(x)[m, k], for 64 columns. The
 // block's warps share the rows of the split.
 template <typename T>
@@ -180,6 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     lora_da_kernel(Matrix<T> x, Matrix<T> ddown, Dropout dropout, int64_t rank_blocks,
                    int64_t col_blocks, float* parts) {
   __shared__ WarpTiles<kBlock> tiles;
+  const Draw draw(dropout);
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   const int64_t first_rank = blockIdx.x % rank_blocks * (kGradientTiles * kTile);
   const int64_t block = blockIdx.x / rank_blocks % col_blocks;
@@ -197,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) drop(dropout, rows[i], block, 2 * g, cols[i]);
+    for (int i = 0; i < 4; ++i) drop(draw, rows[i], block, 2 * g, cols[i]);
 #pragma unroll
     for (int r = 0; r < kGradientTiles; ++r) {
       uint32_t left[4];
@@ -231,16 +170,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    lora_da_sum_kernel(const float* parts, int64_t splits, int64_t size, T* da) {
-  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (i >= size) return;
-  float total = 0.0f;
-  for (int64_t s = 0; s < splits; ++s) total += parts[s * size + i];
-  da[i] = from_float<T>(total);
-}
-
-template <typename T>
 __device__ inline uint32_t pack(float first, float second) {
   return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
 }
@@ -249,6 +178,7 @@ __device__ inline uint32_t pack(float first, float second) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     lora_dx_kernel(Matrix<T> ddown, Matrix<T> a, Dropout dropout, int64_t col_blocks, T* dx) {
+  const Draw draw(dropout);
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   const int64_t block = blockIdx.x % col_blocks;
   const int64_t first_row = (blockIdx.x / col_blocks * kWarps + warp) * (kInputTiles * kTile);
@@ -286,27 +216,15 @@ __global__ void __launch_bounds__(kThreads)
         words[w][i] = pack<T>(c[r / 2][2 * w][at], c[r / 2][2 * w + 1][at]);
       }
     }
-    drop(dropout, row, block, 4 * t, words);
+    drop(draw, row, block, 4 * t, words);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int64_t col = block * kBlock + 16 * w + 4 * t;
       if (row < ddown.rows && col < a.cols) {
-        *reinterpret_cast<Words<2>*>(dx + row * a.cols + col) = {words[w][0], words[w][1]};
+        *reinterpret_cast<Neighbours<2>*>(dx + row * a.cols + col) = {words[w][0], words[w][1]};
       }
     }
   }
-}
-
-// Calls body with a value of the 16-bit type that `dtype` names.
-template <typename Body>
-void dispatch_half(int dtype, const char* op, Body&& body) {
-  dispatch_dtype(dtype, op, [&](auto tag) {
-    if constexpr (sizeof(tag) == 2) {
-      body(tag);
-    } else {
-      throw std::invalid_argument(std::string(op) + ": dtype: expected bfloat16 or float16");
-    }
-  });
 }
 
 }  // namespace
@@ -319,14 +237,14 @@ void lora_down(const void* x, int64_t x_stride, const void* lora_a, int dtype, i
     using T = decltype(tag);
     const Matrix<T> x_matrix{static_cast<const T*>(x), rows, cols, x_stride};
     const Matrix<T> a_matrix{static_cast<const T*>(lora_a), rank, cols, cols};
-    check_layout("lora_down: x", x_matrix);
-    check_layout("lora_down: lora_a", a_matrix);
-    constexpr int kRowTiles = 2;
-    const auto kernel =
-        rank <= 16 ? lora_down_kernel<T, kRowTiles, 2> : lora_down_kernel<T, kRowTiles, 4>;
-    const int64_t rank_blocks = ceil_div<int64_t>(rank, rank <= 16 ? 16 : 32);
-    const auto grid =
-        static_cast<unsigned>(ceil_div<int64_t>(rows, kRowTiles * kTile) * rank_blocks);
+    check_layout<4>("lora_down: x", x_matrix);
+    check_layout<4>("lora_down: lora_a", a_matrix);
+    const int tiles = rank > 16 || rows <= kFewRows ? 1 : 2;
+    const auto kernel = rank > 16    ? lora_down_kernel<T, 1, 4>
+                        : tiles == 1 ? lora_down_kernel<T, 1, 2>
+                                     : lora_down_kernel<T, 2, 2>;
+    const int64_t rank_blocks = ceil_div<int64_t>(rank, rank > 16 ? 32 : 16);
+    const auto grid = static_cast<unsigned>(ceil_div<int64_t>(rows, tiles * kTile) * rank_blocks);
     FASTRL_LAUNCH(kernel, grid, kThreads, 0, stream, x_matrix, a_matrix, (Dropout{seed, threshold}),
                   rank_blocks, static_cast<T*>(down));
   });
@@ -347,15 +265,13 @@ void lora_da(const void* x, int64_t x_stride, const void* ddown, int dtype, int6
     using T = decltype(tag);
     const Matrix<T> x_matrix{static_cast<const T*>(x), rows, cols, x_stride};
     const Matrix<T> ddown_matrix{static_cast<const T*>(ddown), rows, rank, rank};
-    check_layout("lora_da: x", x_matrix);
+    check_layout<4>("lora_da: x", x_matrix);
     if (splits > 0) {
       const auto grid = static_cast<unsigned>(splits * rank_blocks * col_blocks);
       FASTRL_LAUNCH(lora_da_kernel<T>, grid, kThreads, 0, stream, x_matrix, ddown_matrix,
                     (Dropout{seed, threshold}), rank_blocks, col_blocks, workspace);
     }
-    const auto grid = static_cast<unsigned>(ceil_div<int64_t>(size, kThreads));
-    FASTRL_LAUNCH(lora_da_sum_kernel<T>, grid, kThreads, 0, stream, workspace, splits, size,
-                  static_cast<T*>(da));
+    sum_parts(workspace, splits, size, 1.0f, static_cast<T*>(da), cols, cols, stream);
   });
   check_launch("lora_da");
 }
@@ -367,7 +283,7 @@ void lora_dx(const void* ddown, const void* lora_a, int dtype, int64_t rows, int
     using T = decltype(tag);
     const Matrix<T> ddown_matrix{static_cast<const T*>(ddown), rows, rank, rank};
     const Matrix<T> a_matrix{static_cast<const T*>(lora_a), rank, cols, cols};
-    check_layout("lora_dx: lora_a", a_matrix);
+    check_layout<4>("lora_dx: lora_a", a_matrix);
     const int64_t col_blocks = ceil_div<int64_t>(cols, kBlock);
     const int64_t row_blocks = ceil_div<int64_t>(rows, kWarps * kInputTiles * kTile);
     FASTRL_LAUNCH(lora_dx_kernel<T>, static_cast<unsigned>(row_blocks * col_blocks), kThreads, 0,

@@ -49,6 +49,14 @@ int64_t lora_da_workspace(int64_t rows, int64_t cols, int64_t rank);
 void lora_dx(const void* ddown, const void* lora_a, int dtype, int64_t rows, int64_t cols,
              int64_t rank, const int64_t* seed, uint32_t threshold, void* dx, void* stream);
 
+// ddown (rows, rank) = scaling dy lora_b and db (cols, rank) = scaling dy^T down, for contiguous dy
+// (rows, cols) and lora_b (cols, rank), through `workspace`, of lora_up_backward_workspace(rows,
+// cols, rank) floats. cols is a multiple of 4; rank and down_stride are even, addresses fit them.
+void lora_up_backward(const void* dy, const void* down, int64_t down_stride, const void* lora_b,
+                      int dtype, int64_t rows, int64_t cols, int64_t rank, float scaling,
+                      float* workspace, void* ddown, int64_t ddown_stride, void* db, void* stream);
+int64_t lora_up_backward_workspace(int64_t rows, int64_t cols, int64_t rank);
+
 // Partial sums go through `workspace`, of ppo_advantages_workspace(rows) doubles.
 void ppo_advantages(const float* logprobs, const float* ref_logprobs, const float* values,
                     const float* scores, const bool* mask, int64_t rows, int64_t steps,

@@ -1,8 +1,8 @@
 """lora_linear on a GPU: the adapter's product first, the base product accumulates onto it.
 
 cuBLAS reads what it adds to while it multiplies, so of the adapter only the thin products show. Those with dropout are
-kernels that make the mask on the way. `triton` also forms the two products of dy from one reading of it; `cuda` leaves
-these to cuBLAS, and takes a dropped copy of x where its kernels do not fit (float32, or columns no multiple of 4).
+kernels that make the mask on the way, and the two products of dy come from one reading of it. `cuda` leaves to cuBLAS
+what its kernels do not fit: float32, columns no multiple of 4 (with a dropped copy of x), odd ranks.
 """
 
 from __future__ import annotations
@@ -76,10 +76,13 @@ def _with_rows(matrix):
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) < 1 << 22 else matrix.contiguous()
 
 
-def _fits(*matrices):
-    """Whether the kernels of csrc/cuda/lora_products.cu take such matrices: 16 bits, rows in steps of 8 bytes."""
+def _fits(*matrices, elements=4):
+    """Whether the CUDA kernels take such matrices: 16 bits, rows that begin and end with whole groups of elements."""
     return all(
-        m.dtype != torch.float32 and m.shape[1] % 4 == 0 and m.stride(0) % 4 == 0 and m.data_ptr() % 8 == 0
+        m.dtype != torch.float32
+        and m.shape[1] % elements == 0
+        and m.stride(0) % elements == 0
+        and m.data_ptr() % (2 * elements) == 0
         for m in matrices
     )
 
@@ -111,6 +114,15 @@ def _down_cuda(x, lora_a, seed, dropout, down):
 
 
 def _up_backward_cuda(dy, down, lora_b, scaling, ddown, dlora_b):
+    both = ddown is not None and dlora_b is not None
+    if both and _fits(dy) and _fits(down, lora_b, elements=2):
+        rank = down.shape[1]
+        workspace = dy.new_empty(native.cuda.lora_up_backward_workspace(*dy.shape, rank), dtype=torch.float32)
+        _cuda(
+            "lora_up_backward", dy, dy, down, down.stride(0), lora_b, DTYPE_CODES[dy.dtype], *dy.shape, rank, scaling,
+            workspace, ddown, ddown.stride(0), dlora_b,
+        )  # fmt: skip
+        return
     if ddown is not None:
         torch.addmm(ddown, dy, lora_b, beta=0, alpha=scaling, out=ddown)
     if dlora_b is not None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the products that LoRA's dropout is in, against float64."""
+"""The CUDA kernels of LoRA's products, those that dropout is in and those of dy, against float64."""
 
 from __future__ import annotations
 
@@ -103,6 +103,39 @@ def test_rows_with_a_stride(device):
     wide[:, 4:68] = x
     assert torch.equal(down(wide[:, 4:68], lora_a, seed), down(x, lora_a, seed))
     assert torch.equal(da(wide[:, 4:68], ddown, seed), da(x, ddown, seed))
+
+
+def up_backward(dy, down, lora_b, scaling=0.5):
+    (rows, cols), rank = dy.shape, down.shape[1]
+    ddown = dy.new_full((rows, rank + 3), torch.nan)[:, 1 : rank + 1]
+    db = torch.full_like(lora_b, torch.nan)
+    floats = backend.cuda.lora_up_backward_workspace(rows, cols, rank)
+    workspace = dy.new_full((floats,), torch.nan, dtype=torch.float32)
+    launch_cuda(
+        "lora_up_backward", dy, address(dy), address(down), down.stride(0), address(lora_b), DTYPE_CODES[dy.dtype],
+        rows, cols, rank, scaling, address(workspace), address(ddown), ddown.stride(0), address(db),
+    )  # fmt: skip
+    return ddown, db
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 2), (33, 68, 6), (150, 516, 16), (17, 1040, 18), (20, 64, 70), (0, 8, 4)], ids=str
+)
+def test_one_reading_of_dy(device, dtype, shape):
+    """Both products of dy, in several parts of rows and columns, with `down` and `ddown` among their siblings'."""
+    rows, cols, rank = shape
+    g = torch.Generator().manual_seed(0)
+    sizes = ((rows, cols), (rows, rank + 4), (cols, rank))
+    dy, downs, lora_b = (torch.randn(*size, generator=g).to(dtype).to(device) for size in sizes)
+    down = downs[:, 2 : rank + 2]
+    ddown, db = up_backward(dy, down, lora_b)
+    assert_as_accurate(ddown, (dy @ lora_b) * 0.5, dy.double() @ lora_b.double() * 0.5, "ddown")
+    assert_as_accurate(db, (dy.t() @ down) * 0.5, dy.double().t() @ down.double() * 0.5, "db")
+    again = up_backward(dy, down, lora_b)
+    assert torch.equal(ddown, again[0]) and torch.equal(db, again[1])
+    assert torch.equal(ddown[:5], up_backward(dy[:5], down[:5], lora_b)[0])
 
 
 @pytest.mark.usefixtures("cuda")
