@@ -131,7 +131,7 @@ def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
         return Outcome(part, step.name, "no time left", 0, "")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{part}-{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environment}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", **step.environment}
     start = time.monotonic()
     with log.open("w") as file:
         try:
@@ -143,6 +143,11 @@ def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
     lines = log.read_text(errors="replace").splitlines()
     print("\n".join(lines[-(15 if status == "ok" else 60) :]), flush=True)
     return Outcome(part, step.name, status, time.monotonic() - start, summary(lines))
+
+
+def python_path() -> str:
+    """This checkout first; then what the caller has there, such as packages installed with `pip install --target`."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def summary(lines: list[str]) -> str:

@@ -35,6 +35,19 @@ def test_a_step_is_reported_and_never_raises(tmp_path, step, status, note):
     assert outcome.status == status and outcome.note.startswith(note) and outcome.seconds < 5
 
 
+PEER = "import json, sys; print(json.dumps(sys.argv[2:]))"
+RUNS_A_PEER = "from fastrl.benches import bench_train as b; print(b.run('a_peer', b.HERE, 'ppo', 1, None))"
+
+
+def test_steps_and_their_peers_see_the_packages_of_the_caller(tmp_path, monkeypatch):
+    (tmp_path / "a_peer.py").write_text(PEER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = gpu_check.run_step("peers", python(RUNS_A_PEER), tmp_path, 60)
+    assert (outcome.status, outcome.note) == ("ok", "['ppo']")
+    monkeypatch.delenv("PYTHONPATH")
+    assert gpu_check.python_path() == str(gpu_check.ROOT)
+
+
 def test_a_part_keeps_its_time(tmp_path):
     slow = python("import time; time.sleep(20)")
     outcomes = list(gpu_check.run_part("tests", iter([slow, slow]), tmp_path, seconds=1))
