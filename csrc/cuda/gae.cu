@@ -28,10 +28,12 @@ __device__ inline float first_carry(const Inputs& x, int64_t row) {
 
 __device__ inline Steps load_steps(const Inputs& x, const Span& span) {
   Steps steps;
-  steps.kept = load_flags(x.mask, span);
-  steps.done = x.dones == nullptr ? 0u : load_flags(x.dones, span);
   load(x.rewards, span, steps.reward);
   load(x.values, span, steps.value);
+  const uint32_t kept = load_flags(x.mask, span);
+  const uint32_t done = x.dones == nullptr ? 0u : load_flags(x.dones, span);
+  steps.kept = bits_of(kept);
+  steps.done = bits_of(done);
   return steps;
 }
 

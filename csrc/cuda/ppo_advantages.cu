@@ -50,11 +50,12 @@ __device__ inline Shaped shape(const Inputs& x, const Outputs& out, float score,
   Shaped shaped;
   Steps& steps = shaped.steps;
   float logprob[kItems], ref_logprob[kItems], kl[kItems];
-  steps.kept = load_flags(x.mask, span);
-  steps.done = 0;
   load(x.logprobs, span, logprob);
   load(x.ref_logprobs, span, ref_logprob);
   load(x.values, span, steps.value);
+  const uint32_t kept = load_flags(x.mask, span);
+  steps.kept = bits_of(kept);
+  steps.done = 0;
   shaped.kl_sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -194,10 +195,11 @@ __global__ void __launch_bounds__(kWhitenThreads)
   const int warp = threadIdx.x / kWarp;
   const int64_t first = blockIdx.x * int64_t{kWhitenThreads * kItems} + warp * kSpan;
   const Span span = span_between(first, size, tiles[warp]);
-  const unsigned kept = load_flags(mask, span);
+  const uint32_t flags = load_flags(mask, span);
   const float shift = whitening[0], factor = whitening[1];
   float x[kItems];
   load(advantages, span, x);
+  const unsigned kept = bits_of(flags);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) x[i] = has(kept, i) ? (x[i] - shift) * factor : 0.0f;
   store(advantages, span, x);

@@ -123,18 +123,24 @@ struct Tokens {
   Span span[kSpans];
   float logprob[kTokens], old_logprob[kTokens], value[kTokens], old_value[kTokens];
   float advantage[kTokens], target[kTokens], entropy[kTokens];
-  unsigned kept;
+  uint32_t flags[kSpans];
+
+  __device__ unsigned kept() const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < kSpans; ++k) bits |= bits_of(flags[k]) << k * kItems;
+    return bits;
+  }
 };
 
 __device__ inline void load_tokens(const Inputs& x, float* tile, Tokens& tokens) {
   const int64_t first = blockIdx.x * int64_t{kChunk} + threadIdx.x / kWarp * (kSpans * kSpan);
-  tokens.kept = 0;
 #pragma unroll
   for (int k = 0; k < kSpans; ++k) {
     const Span span = span_between(first + k * kSpan, x.size, tile);
     const int i = k * kItems;
     tokens.span[k] = span;
-    tokens.kept |= load_flags(x.mask, span) << i;
+    tokens.flags[k] = load_flags(x.mask, span);
     load(x.logprobs, span, tokens.logprob + i);
     load(x.old_logprobs, span, tokens.old_logprob + i);
     load(x.values, span, tokens.value + i);
@@ -154,13 +160,14 @@ __device__ inline void store_gradient(float* gradient, const Tokens& tokens, con
 // Writes the gradients of a lane's tokens; what the warp's tokens contribute.
 __device__ inline ChunkPart warp_part(const Inputs& x, const Options& o, const Gradients& g,
                                       const Tokens& t, float scale, float& ratio_max) {
+  const unsigned kept = t.kept();
   float sums[kSums] = {};
   float dlogprob[kTokens], dvalue[kTokens], dentropy[kTokens], residual[kTokens];
   ratio_max = 0.0f;
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     dlogprob[i] = dvalue[i] = dentropy[i] = residual[i] = 0.0f;
-    if (!has(t.kept, i)) continue;
+    if (!has(kept, i)) continue;
     const Terms terms = terms_of(
         {t.logprob[i], t.old_logprob[i], t.value[i], t.old_value[i], t.advantage[i], t.target[i]},
         o);
@@ -183,10 +190,10 @@ __device__ inline ChunkPart warp_part(const Inputs& x, const Options& o, const G
   ChunkPart part;
 #pragma unroll
   for (int k = 0; k < kSums; ++k) part.sums[k] = lanes_sum(sums[k], kWarp);
-  const float n = lanes_sum(static_cast<float>(__popc(t.kept)), kWarp);
+  const float n = lanes_sum(static_cast<float>(__popc(kept)), kWarp);
   part.n = n;
-  part.moments[0] = lanes_moments<kTokens>(t.target, t.kept, n, kWarp);
-  part.moments[1] = lanes_moments<kTokens>(residual, t.kept, n, kWarp);
+  part.moments[0] = lanes_moments<kTokens>(t.target, kept, n, kWarp);
+  part.moments[1] = lanes_moments<kTokens>(residual, kept, n, kWarp);
   ratio_max = warp_reduce(ratio_max, [](float a, float b) { return fmaxf(a, b); });
   return part;
 }

@@ -92,22 +92,29 @@ __device__ inline void store(float* p, const Span& s, const float* x) {
   }
 }
 
-// Bit i is set if the lane's element i exists and its flag is set; null stands for flags all set.
-__device__ inline unsigned load_flags(const bool* p, const Span& s) {
-  if (p == nullptr) return (1u << s.count) - 1;
-  p += s.begin;
-  unsigned flags = 0;
+// The flags of the lane's elements, a byte each that is not 0 if the flag is set, and 0 where it
+// has none; null stands for flags all set.
+__device__ inline uint32_t load_flags(const bool* p, const Span& s) {
+  if (p == nullptr) return static_cast<uint32_t>((uint64_t{1} << 8 * s.count) - 1);
+  p += s.begin + s.offset;
   if (s.packed && s.count == kItems && is_aligned<4>(p)) {
-    const auto bytes = *reinterpret_cast<const uint32_t*>(p + s.offset);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) flags |= ((bytes >> 8 * i & 0xff) != 0 ? 1u : 0u) << i;
-    return flags;
+    return *reinterpret_cast<const uint32_t*>(p);
   }
+  uint32_t flags[kItems] = {};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (i < s.count && p[s.offset + i]) flags |= 1u << i;
+    if (i < s.count) flags[i] = p[i];
   }
-  return flags;
+  return flags[0] | flags[1] << 8 | flags[2] << 16 | flags[3] << 24;
+}
+
+// Bit i is set if byte i is not 0. Apart from load_flags() because it waits for the bytes: all
+// other loads should come before.
+__device__ inline unsigned bits_of(uint32_t bytes) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) bits |= ((bytes >> 8 * i & 0xff) != 0 ? 1u : 0u) << i;
+  return bits;
 }
 
 __device__ inline bool has(unsigned flags, int i) { return (flags >> i & 1u) != 0; }
