@@ -39,7 +39,8 @@ def device_name(device: str) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The columns that are the same in every row of a run."""
+    """The columns that are the same in every row of a run; what is not known is empty."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(device),
         "threads": str(torch.get_num_threads()) if device == "cpu" else "",
@@ -50,7 +51,7 @@ def environment(device: str) -> dict[str, str]:
         "cuda": cuda_versions() if device != "cpu" else "",
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("FASTRL_COMMIT", ""),
-        "dirty": "yes" if _git("status", "--porcelain", "--untracked-files=no") else "no",
+        "dirty": "" if changes is None else "yes" if changes else "no",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }
 
@@ -71,14 +72,15 @@ def _version(package: str) -> str:
         return ""
 
 
-def _git(*arguments: str) -> str:
-    """Output of git in the source tree; empty for an installed package or where there is no git."""
+def _git(*arguments: str) -> str | None:
+    """Output of git in the source tree; None for an installed package or where git is missing or refuses."""
     if not (ROOT / ".git").exists():
-        return ""
+        return None
     try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     except FileNotFoundError:
-        return ""
+        return None
+    return None if done.returncode else done.stdout.strip()
 
 
 def ceilings(device: str, dtypes: set[torch.dtype], seconds: float) -> dict[str, float]:

@@ -108,6 +108,26 @@ def test_peak_memory_counts_every_allocator_and_no_freed_block():
     assert peaks == pytest.approx({"nothing": 0, "torch": 64, "numpy": 64, "freed": 64}, abs=2)
 
 
+def test_what_git_cannot_say_is_left_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("FASTRL_COMMIT", "abc")
+    told = {}
+    for state in ("no git", "refused", "clean", "dirty"):
+        if state == "refused":
+            (tmp_path / ".git").write_text("not what git expects")
+        if state == "clean":
+            (tmp_path / ".git").unlink()
+            (tmp_path / "file").write_text("old")
+            author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+            for command in (["init"], ["add", "file"], [*author, "commit", "-m", "first"]):
+                subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
+        if state == "dirty":
+            (tmp_path / "file").write_text("new")
+        row = machine.environment("cpu")
+        told[state] = (row["commit"] == "abc", row["dirty"])
+    assert told == {"no git": (True, ""), "refused": (True, ""), "clean": (False, "no"), "dirty": (False, "yes")}
+
+
 def test_rows_are_replaced_by_key(tmp_path):
     rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
     path = tmp_path / "sub" / "bench.csv"
