@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -99,6 +100,14 @@ def test_one_step_alone(tmp_path, monkeypatch, capsys):
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="torch sees no CUDA device; `fastrl doctor` says why"):
         gpu_check.main(["--part", "build"])
+
+
+def test_cublas_without_a_context_is_no_error():
+    """Its warning comes from torch, whichever module asked for the product; those of fastrl's own stay errors."""
+    text = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
+    warnings.warn_explicit(text, UserWarning, "lora_linear.py", 1, module="fastrl.ops.lora_linear")
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn_explicit("another", UserWarning, "lora_linear.py", 1, module="fastrl.ops.lora_linear")
 
 
 def test_cases_of_the_gpu(monkeypatch):
