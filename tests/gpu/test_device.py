@@ -99,6 +99,7 @@ def test_cuda_graph(call: Call):
     """Forward and backward are captured once and replayed on other values."""
     tensors = {name: t.clone() for name, t in call.tensors.items()}
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which copies the tensors
     with torch.cuda.stream(side):  # warm up, as torch asks for
         for _ in range(3):
             evaluate(call, tensors)
