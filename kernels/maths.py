@@ -112,6 +112,8 @@ def total_moments(n, mean, m2, count, total_n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def explained_variance(residual, total):
-    """1 - residual / total; 0 where there is no variance to explain."""
-    return tl.where(total == 0.0, 0.0, 1.0 - residual / tl.where(total == 0.0, 1.0, total))
+def explained_variance(residual, total, mean):
+    """1 - residual / total; 0 where there is no variance to explain, but for the rounding of the mean."""
+    rounding = 1e-6 * mean
+    nothing = total <= rounding * rounding
+    return tl.where(nothing, 0.0, 1.0 - residual / tl.where(nothing, 1.0, total))

@@ -116,7 +116,7 @@ def advantage_totals_kernel(
     tl.store(stats + 8, return_variance.to(tl.float32))
     tl.store(stats + 9, mean.to(tl.float32))
     tl.store(stats + 10, tl.sqrt(variance).to(tl.float32))
-    tl.store(stats + 11, explained_variance(variance, return_variance).to(tl.float32))
+    tl.store(stats + 11, explained_variance(variance, return_variance, return_mean).to(tl.float32))
     tl.store(whitening, mean.to(tl.float32) if CENTER else 0.0)
     tl.store(whitening + 1, (1.0 / tl.sqrt(variance + WHITEN_EPS)).to(tl.float32) if SCALE else 1.0)
 
@@ -164,7 +164,7 @@ def ppo_advantages(
     )  # fmt: skip
     launch(
         advantage_totals_kernel, (1,), logprobs,
-        parts, rows, moments, stats, whitening, CENTER=center, SCALE=scale, BLOCK=256, num_warps=8,
+        parts, rows, moments, stats, whitening, CENTER=center, SCALE=scale, BLOCK=1024, num_warps=16,
     )  # fmt: skip
     if center or scale:
         block = 2048

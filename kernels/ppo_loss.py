@@ -126,9 +126,14 @@ def ppo_totals_kernel(
     tl.store(stats + index, (sums / tl.where(index == 0, 1.0, tokens)).to(tl.float32))
     ratio_sum, ratio_max = element(sums, 7, SUMS), greatest(parts + 8 * blocks, blocks, BLOCK)
     tl.store(stats + 8, tl.where(ratio_sum == ratio_sum, ratio_max, ratio_sum).to(tl.float32))  # NaN stays NaN
-    _, variance = total_moments(parts, parts + 9 * blocks, parts + 10 * blocks, blocks, n, BLOCK)
-    _, residual = total_moments(parts, parts + 11 * blocks, parts + 12 * blocks, blocks, n, BLOCK)
-    tl.store(stats + 9, explained_variance(residual, variance).to(tl.float32))
+    mean, m2 = total_moments(parts, parts + 9 * blocks, parts + 10 * blocks, blocks, n, BLOCK)
+    _, residual_m2 = total_moments(parts, parts + 11 * blocks, parts + 12 * blocks, blocks, n, BLOCK)
+    tl.store(stats + 9, explained_variance(residual_m2 / tokens, m2 / tokens, mean).to(tl.float32))
+
+
+def _aligned(tensor):
+    """Triton adds in another order where addresses are no multiples of 16: a copy keeps the bits."""
+    return tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor
 
 
 def ppo_loss(
@@ -152,6 +157,8 @@ def ppo_loss(
     dvalues: torch.Tensor | None,
     dentropy: torch.Tensor | None,
 ) -> None:
+    logprobs, values, old_logprobs, old_values = map(_aligned, (logprobs, values, old_logprobs, old_values))
+    advantages, returns, mask, entropy = map(_aligned, (advantages, returns, mask, entropy))
     size = logprobs.numel()
     blocks = triton.cdiv(size, BLOCK)
     parts = logprobs.new_empty(PARTS * blocks, dtype=torch.float64)
@@ -166,5 +173,5 @@ def ppo_loss(
     )  # fmt: skip
     launch(
         ppo_totals_kernel, (1,), logprobs,
-        parts, blocks, denominator, vf_coef, ent_coef, loss, stats, COUNTED=counted, BLOCK=256, num_warps=8,
+        parts, blocks, denominator, vf_coef, ent_coef, loss, stats, COUNTED=counted, BLOCK=1024, num_warps=16,
     )  # fmt: skip

@@ -232,6 +232,16 @@ def token_logprobs_bwd_kernel(
     store_columns(out + out_start, start, columns, d, BLOCK)
 
 
+def _row_layout(logits: torch.Tensor) -> tuple[int, int, int]:
+    """Where rows begin. A single row gets the stride that it has in a batch: Triton adds in another order where strides
+    are multiples of 16, which 0 would be.
+    """
+    inner, outer_stride, inner_stride = rows(logits)[2:]
+    if inner == 1 and outer_stride == 0:
+        inner_stride = logits.stride(-2) if logits.ndim > 1 else logits.shape[-1]
+    return inner, outer_stride, inner_stride
+
+
 def statistics(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -247,7 +257,7 @@ def statistics(
     block, warps = SMALL if vocab <= SMALL[0] else LARGE
     pieces = triton.cdiv(vocab, block)
     partials = torch.empty(count * pieces * PARTIAL, dtype=torch.float32, device=logits.device)
-    layout = rows(logits)[2:]
+    layout = _row_layout(logits)
     scale = LOG2E.value / temperature
     launch(
         token_logprobs_fwd_kernel, (count * pieces,), logits,

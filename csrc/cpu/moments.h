@@ -62,9 +62,10 @@ std::array<Moments, N> moments_of(const bool* mask, int64_t size, Get&& get) {
   return moments;
 }
 
-// 1 - residual / total, 0 where there is no variance to explain.
-inline float explained_variance(double residual, double total) {
-  return total == 0 ? 0.0f : static_cast<float>(1.0 - residual / total);
+// 1 - residual / total; 0 where there is no variance to explain, but for the rounding of the mean.
+inline float explained_variance(double residual, double total, double mean) {
+  const double rounding = 1e-6 * mean;
+  return total <= rounding * rounding ? 0.0f : static_cast<float>(1.0 - residual / total);
 }
 
 }  // namespace fastrl::cpu::FASTRL_ISA

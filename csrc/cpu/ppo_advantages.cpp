@@ -95,7 +95,7 @@ void write_stats(const Sums& sums, float* stats) {
       sums.returns.variance(),
       sums.advantages.mean,
       std::sqrt(sums.advantages.variance()),
-      explained_variance(sums.advantages.variance(), sums.returns.variance()),
+      explained_variance(sums.advantages.variance(), sums.returns.variance(), sums.returns.mean),
   };
   std::copy(std::begin(values), std::end(values), stats);
 }

@@ -162,7 +162,7 @@ void write_stats(const Sums& sums, int64_t tokens, float* stats) {
       sums.value_clipped / n,
       sums.ratio / n,
       sums.ratio == sums.ratio ? sums.ratio_max : sums.ratio,  // NaN stays NaN
-      explained_variance(sums.residuals.variance(), sums.returns.variance()),
+      explained_variance(sums.residuals.variance(), sums.returns.variance(), sums.returns.mean),
   };
   std::copy(std::begin(values), std::end(values), stats);
 }

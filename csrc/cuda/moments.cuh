@@ -157,9 +157,10 @@ __device__ Part<kSums> combine_columns(const double* columns, int64_t parts,
   return combine_warps(of_warps);
 }
 
-// 1 - residual / total, 0 where there is no variance to explain.
-__host__ __device__ inline float explained_variance(double residual, double total) {
-  return total == 0 ? 0.0f : static_cast<float>(1.0 - residual / total);
+// 1 - residual / total; 0 where there is no variance to explain, but for the rounding of the mean.
+__host__ __device__ inline float explained_variance(double residual, double total, double mean) {
+  const double rounding = 1e-6 * mean;
+  return total <= rounding * rounding ? 0.0f : static_cast<float>(1.0 - residual / total);
 }
 
 }  // namespace fastrl::cuda

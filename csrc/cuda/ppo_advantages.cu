@@ -169,7 +169,7 @@ __device__ void write_stats(const RowPart& total, float* stats) {
   stats[8] = static_cast<float>(return_variance);
   stats[9] = static_cast<float>(total.moments[0].mean);
   stats[10] = static_cast<float>(sqrt(advantage_variance));
-  stats[11] = explained_variance(advantage_variance, return_variance);
+  stats[11] = explained_variance(advantage_variance, return_variance, total.moments[1].mean);
 }
 
 // One block: the parts of all rows become statistics, and the shift and factor of whitening.

@@ -231,8 +231,8 @@ __device__ void write_stats(const ChunkPart& total, double ratio_max, float* sta
 #pragma unroll
   for (int k = 0; k < kSums; ++k) stats[1 + k] = static_cast<float>(total.sums[k] / n);
   stats[1 + kSums] = static_cast<float>(ratio == ratio ? ratio_max : ratio);  // NaN stays NaN
-  stats[2 + kSums] =
-      explained_variance(variance(total.moments[1], total.n), variance(total.moments[0], total.n));
+  stats[2 + kSums] = explained_variance(variance(total.moments[1], total.n),
+                                        variance(total.moments[0], total.n), total.moments[0].mean);
 }
 
 // One block: the parts of all chunks become loss and statistics.

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 
 from fastrl.checks import debugging
 from fastrl.ops.backend import address, launch_cuda, rows, triton_kernel
-from fastrl.ops.linear_head_chunks import add_product, batch_invariant, block_workspace, multiply, spans, workspace
+from fastrl.ops.linear_head_chunks import (
+    MIN_ROWS,
+    add_product,
+    batch_invariant,
+    block_workspace,
+    multiply,
+    spans,
+    workspace,
+)
 from fastrl.reference.token_logprobs import check_range
 
 
@@ -165,18 +173,26 @@ def _inputs(head, hidden, lora_a, scaling):
         return None
     inputs = hidden.new_ones(len(hidden), head.columns.shape[1])  # the columns of zeros take ones as well
     if lora_a is not None:
-        inputs[:, : head.rank] = torch.mm(hidden, lora_a.to(hidden.dtype).t()).mul_(scaling)
+        at_once = MIN_ROWS if batch_invariant() else len(hidden)
+        for begin, end in spans(len(hidden), at_once):
+            down = torch.mm(_filled_up(hidden[begin:end], at_once), lora_a.to(hidden.dtype).t())
+            torch.mul(down[: end - begin], scaling, out=inputs[begin:end, : head.rank])
     return inputs
+
+
+def _filled_up(matrix, rows):
+    """So many rows, the missing ones of zeros."""
+    missing = rows - len(matrix)
+    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
 
 
 def _multiply_head(head, batch, logits):
     """logits = hidden @ weight.T + inputs @ columns.T; rows of `logits` beyond the batch's are of zeros."""
-    missing = (0, 0, 0, len(logits) - len(batch.hidden))
-    hidden = F.pad(batch.hidden, missing) if missing[3] else batch.hidden
+    hidden = _filled_up(batch.hidden, len(logits))
     if batch.inputs is None:
         multiply(hidden, head.weight.t(), logits)
     else:
-        multiply(F.pad(batch.inputs, missing) if missing[3] else batch.inputs, head.columns.t(), logits)
+        multiply(_filled_up(batch.inputs, len(logits)), head.columns.t(), logits)
         add_product(hidden, head.weight.t(), logits)
 
 

@@ -35,7 +35,9 @@ class AdvantageStats(NamedTuple):
     return_variance: torch.Tensor
     advantage_mean: torch.Tensor
     advantage_std: torch.Tensor
-    explained_variance: torch.Tensor  # 1 - variance(returns - values) / variance(returns); 0 if the latter is 0
+    explained_variance: (
+        torch.Tensor
+    )  # 1 - variance(returns - values) / variance(returns); 0 if the latter is 0 or rounding
 
 
 class Advantages(NamedTuple):

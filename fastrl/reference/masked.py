@@ -20,6 +20,7 @@ def masked_variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
-def explained_variance(residual_variance: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """1 - residual_variance / variance; 0 where there is no variance to explain."""
-    return torch.where(variance > 0, 1 - residual_variance / torch.where(variance > 0, variance, 1), 0 * variance)
+def explained_variance(residual_variance: torch.Tensor, variance: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """1 - residual_variance / variance; 0 where there is no variance to explain, but for the rounding of the mean."""
+    nothing = variance <= (1e-6 * mean) ** 2
+    return torch.where(nothing, 0, 1 - residual_variance / torch.where(nothing, 1, variance))

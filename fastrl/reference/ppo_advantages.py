@@ -74,6 +74,7 @@ def ppo_advantages(
     advantages, returns = gae(rewards, values, mask, gamma, gae_lambda, None, None)
 
     rows = mask.any(-1)
+    return_mean = masked_mean(returns, mask)
     return_variance, advantage_variance = masked_variance(returns, mask), masked_variance(advantages, mask)
     stats = [
         mask.sum(),
@@ -83,10 +84,10 @@ def ppo_advantages(
         masked_mean(rewards.sum(-1), rows),
         masked_mean(scores, rows),
         masked_mean(values, mask),
-        masked_mean(returns, mask),
+        return_mean,
         return_variance,
         masked_mean(advantages, mask),
         advantage_variance.sqrt(),
-        explained_variance(advantage_variance, return_variance),  # returns - values = advantages
+        explained_variance(advantage_variance, return_variance, return_mean),  # returns - values = advantages
     ]
     return advantages, returns, rewards, kl, moments(advantages, mask), torch.stack([s.float() for s in stats])

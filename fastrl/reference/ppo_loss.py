@@ -67,6 +67,8 @@ def ppo_loss(
             masked_mean(value_clipped.to(values.dtype), mask),
             masked_mean(ratio, mask),
             torch.cat([torch.where(mask, ratio, 0).flatten(), ratio.new_zeros(1)]).max(),
-            explained_variance(masked_variance(returns - values, mask), masked_variance(returns, mask)),
+            explained_variance(
+                masked_variance(returns - values, mask), masked_variance(returns, mask), masked_mean(returns, mask)
+            ),
         ]
         return loss, torch.stack([s.float() for s in stats])

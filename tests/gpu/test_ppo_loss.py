@@ -9,7 +9,8 @@ import torch
 from gpus import HAS_GPU
 from oracle import assert_as_accurate
 
-from fastrl.ops import ppo_loss
+from fastrl.kernels import ppo_loss as kernels
+from fastrl.ops import backend, ppo_loss
 
 NAMES = ["logprobs", "values", "old_logprobs", "old_values", "advantages", "returns", "mask"]
 
@@ -162,6 +163,28 @@ def test_repeatable_at_any_alignment(gpu_backend, device):
         got = gradients(again, entropy, ent_coef=0.1, backend=gpu_backend)
         assert torch.equal(want[0], got[0]) and torch.equal(torch.stack(want[1]), torch.stack(got[1]))
         assert all(torch.equal(w, g) for w, g in zip(want[2:], got[2:], strict=True))
+
+
+def test_triton_adds_in_one_order_at_any_alignment(device, monkeypatch):
+    """T10: its layouts follow the alignment of addresses, so it never gets an address that is no multiple of 16."""
+    if not HAS_GPU:
+        monkeypatch.setitem(backend.DEVICES, "triton", ("cuda", "cpu"))
+    launches = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, tensor, *args, **options: launches.append(args))
+    inputs, entropy = case(5, 999, device)
+    shifted = {n: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for n, t in inputs.items()}
+    ppo_loss(**shifted, entropy=entropy, backend="triton")
+    assert all(a.data_ptr() % 16 == 0 for args in launches for a in args if isinstance(a, torch.Tensor))
+
+
+def test_nothing_to_explain(gpu_backend, device):
+    """Returns that differ by rounding alone have an explained variance of 0."""
+    returns = torch.full((7, 1), 0.3, device=device)
+    rest = dict.fromkeys(("logprobs", "old_logprobs", "old_values", "advantages"), torch.zeros(7, 1, device=device))
+    values, mask = torch.linspace(0, 1, 7, device=device)[:, None], torch.ones(7, 1, dtype=torch.bool, device=device)
+    for scale in (1.0, 1e4, -3e-4):
+        _, stats = ppo_loss(**rest, values=values, returns=scale * returns, mask=mask, backend=gpu_backend)
+        assert stats.explained_variance.item() == 0
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from gpus import HAS_GPU
 from oracle import DTYPES, assert_as_accurate
 
+from fastrl.kernels import token_logprobs as kernels
 from fastrl.ops import backend, token_logprobs
 from fastrl.ops.token_logprobs import _backward, _forward
 
+UNSPECIALISED = ("inner", "pieces")  # do_not_specialize of the kernels
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 
 
@@ -187,6 +191,27 @@ def test_batch_invariance(gpu_backend, device, dtype):
             batch = gradients(logits[:size], ids[:size], dlogprobs[:size], dlogprobs[:size], backend=gpu_backend)
             for a, b in zip(batch, alone, strict=True):
                 assert torch.equal(a[3:4], b)
+
+
+@pytest.mark.parametrize("vocab", [1001, 2048, 16500])
+def test_triton_adds_in_one_order_in_any_batch(device, monkeypatch, vocab):
+    """T15: its layouts follow which integers are multiples of 16; those of a single row are those of a batch."""
+    if not HAS_GPU:
+        monkeypatch.setitem(backend.DEVICES, "triton", ("cuda", "cpu"))
+    launches = []
+
+    def record(kernel, grid, tensor, *args, **options):
+        names = list(inspect.signature(kernel.fn).parameters)
+        ints = {n: v for n, v in zip(names, args, strict=False) if type(v) is int and n not in UNSPECIALISED}
+        launches.append({name: (value == 1, value % 16 == 0) for name, value in ints.items()})
+
+    monkeypatch.setattr(kernels, "launch", record)
+    logits, ids, _ = case(8, vocab, torch.float32, device)
+    for rows, where in ((logits, ids), (logits[3:4], ids[3:4]), (logits[3].clone(), ids[3])):
+        token_logprobs(rows, where, backend="triton")
+    assert (
+        len(launches) == 6 and launches[0] == launches[2] == launches[4] and launches[1] == launches[3] == launches[5]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -342,3 +342,14 @@ def test_properties(rows, steps, seed, spread):
     shuffled = gradients({name: t[order] for name, t in inputs.items()}, vf_coef=0.5, backend=NATIVE)
     torch.testing.assert_close(shuffled[0], loss, rtol=1e-4, atol=1e-5)
     assert torch.equal(shuffled[2], dlogprobs[order]) and torch.equal(shuffled[3], dvalues[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_explain(backend):
+    """Returns that differ by rounding alone have an explained variance of 0."""
+    returns = torch.full((7, 1), 0.3)
+    rest = dict.fromkeys(("logprobs", "old_logprobs", "old_values", "advantages"), torch.zeros(7, 1))
+    values, mask = torch.linspace(0, 1, 7)[:, None], torch.ones(7, 1, dtype=torch.bool)
+    for scale in (1.0, 1e4, -3e-4):
+        _, stats = ppo_loss(**rest, values=values, returns=scale * returns, mask=mask, backend=backend)
+        assert stats.explained_variance.item() == 0
