@@ -150,18 +150,21 @@ __global__ void __launch_bounds__(kRowThreads, 3) softmax_gradient_kernel(Gradie
     Out* out = row_pointer<Out>(g.out, row) + begin;
     Out* second = nullptr;
     if (kGradient == Gradient::both) second = row_pointer<Out>(g.entropy_out, row) + begin;
+    // What the row is given is asked for together with the mask: the logits wait for both.
+    RowResult result{g.row_stats[2 * row], g.row_stats[2 * row + 1], 0.0f, g.logprobs[row]};
+    if (kGradient != Gradient::logprob) result.entropy = g.entropy[row];
+    const float dlogprob = g.dlogprobs == nullptr ? 1.0f : g.dlogprobs[row];
+    const bool has_dentropy = kGradient == Gradient::combined && g.dentropy != nullptr;
+    const float dentropy = has_dentropy ? g.dentropy[row] : 1.0f;
+    const int64_t token_id = g.token_ids[row];
     if (g.mask != nullptr && !g.mask[row]) {
       zero_span(out, count);
       if (kGradient == Gradient::both) zero_span(second, count);
       continue;
     }
-    RowResult result{g.row_stats[2 * row], g.row_stats[2 * row + 1], 0.0f, g.logprobs[row]};
-    if (kGradient != Gradient::logprob) result.entropy = g.entropy[row];
-    const RowGradient<kSoftcap, kGradient> gradient(
-        result, g.dlogprobs == nullptr ? 1.0f : g.dlogprobs[row],
-        kGradient != Gradient::combined || g.dentropy == nullptr ? 1.0f : g.dentropy[row], g.map);
+    const RowGradient<kSoftcap, kGradient> gradient(result, dlogprob, dentropy, g.map);
     gradient_span(gradient, row_pointer<const T>(g.logits, row) + begin, count,
-                  g.token_ids[row] - g.begin - begin, out, second);
+                  token_id - g.begin - begin, out, second);
   }
 }
 
