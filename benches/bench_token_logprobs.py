@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.benches.harness import Case, compiled, optional, ours
+from fastrl.benches.harness import Case, Overwriting, compiled, optional, ours
 from fastrl.ops import token_logprobs
 
 SHAPES = {
@@ -56,12 +56,16 @@ def eager_float(i):
 
 
 def gpu_peers():
-    """Cross entropies without reduction are negative log-probs; Liger's writes the gradient over its logits."""
+    """Cross entropies without reduction are negative log-probs; Liger's writes the gradient over its logits.
+
+    (Its fused heads, cut-cross-entropy and quack's without inplace_backward write to buffers of their own.)
+    """
 
     def negated(cross_entropy, i):
         return -cross_entropy(i["logits"], i["token_ids"], reduction="none")
 
     liger = optional("liger_kernel.transformers.functional", "liger_cross_entropy", negated)
+    liger = {name: Overwriting(provider) for name, provider in liger.items()}
     return {**liger, **optional("quack.cross_entropy", "cross_entropy", negated)}
 
 

@@ -30,6 +30,16 @@ TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)
+class Overwriting:
+    """A provider that leaves other values in its inputs; no other provider is timed on them."""
+
+    provider: Provider
+
+    def __call__(self, inputs: Inputs) -> Any:
+        return self.provider(inputs)
+
+
+@dataclass(frozen=True)
 class Case:
     """One op at one shape. The first provider is the baseline that `speedup` refers to."""
 
@@ -120,8 +130,7 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
     forget_compiled(case)
     errors = {name: check(case, provider, device) for name, provider in case.providers.items()}
     passed = {name: case.providers[name] for name, (problem, *_) in errors.items() if not problem}
-    inputs = rotation(case, device)
-    runs = {name: Run(provider, case.wrt, inputs) for name, provider in {**passed, **case.floors}.items()}
+    runs = runs_of(case, {**passed, **case.floors}, device)
     times, failures = time_in_turn(runs, device, budget)
     baseline = next(iter(case.providers))
     rows = []
@@ -155,6 +164,15 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
     return rows
 
 
+def runs_of(case: Case, providers: dict[str, Provider], device: str, copies: int | None = None) -> dict[str, Run]:
+    """Every provider bound to one rotation of inputs, those that overwrite them to one of their own."""
+    shared = rotation(case, device, copies)
+    return {
+        name: Run(provider, case.wrt, rotation(case, device, copies) if isinstance(provider, Overwriting) else shared)
+        for name, provider in providers.items()
+    }
+
+
 class Run:
     """A provider bound to its inputs: calling it does the whole forward (and backward) once."""
 
@@ -176,7 +194,7 @@ class Run:
 
 
 def rotation(case: Case, device: str, copies: int | None = None) -> Iterator[Inputs]:
-    """Endless inputs, the same values each time. All providers of a case draw from one rotation.
+    """Endless inputs, the same values each time. All providers of a case that only read them draw from one rotation.
 
     Memory-bound cases get so many copies that a set has left the last-level cache when it comes round again.
     """

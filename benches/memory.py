@@ -70,9 +70,7 @@ def main() -> None:
     for case in harness.cases(args.op, args.device, args.quick):
         harness.forget_compiled(case)
         print(f"memory: {case.label}", file=sys.stderr)
-        inputs = harness.rotation(case, args.device, copies=1)
-        for name, provider in case.providers.items():
-            run = harness.Run(provider, case.wrt, inputs)
+        for name, run in harness.runs_of(case, case.providers, args.device, copies=1).items():
             try:
                 run()  # compiles, starts threads
             except Exception as error:  # noqa: BLE001  the check against float64 reports it

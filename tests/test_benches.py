@@ -73,6 +73,31 @@ def test_a_floor_is_timed_but_not_checked():
     assert row["status"] == "floor" and float(row["ms_p50"]) > 0 and "percent" not in row
 
 
+@pytest.mark.parametrize("wrt", [(), ("x",)], ids=["fwd", "fwd+bwd"])
+def test_a_provider_that_overwrites_its_inputs_has_its_own(wrt):
+    """As Liger's cross entropy does. The others find the first values at every call."""
+    seen = {"before": set(), "after": set()}
+
+    def reads(name):
+        def provider(i):
+            seen[name].add(float(i["x"].detach().sum()))
+            return i["x"] ** 2
+
+        return provider
+
+    def overwrites(i):
+        result = i["x"].clone() ** 2
+        i["x"].data.zero_()
+        return result
+
+    providers = {"before": reads("before"), "peer": harness.Overwriting(overwrites), "after": reads("after")}
+    case = square_case(wrt=wrt, gate_rows=8, providers=providers)
+    rows = measure(case)
+    assert all(row["status"] == "ok" and float(row["ms_p50"]) > 0 for row in rows.values())
+    first = float(harness.inputs_of(case, case.rows, "cpu")["x"].detach().sum())
+    assert seen == {"before": {first}, "after": {first}}
+
+
 def test_memory_bound_inputs_leave_the_cache_before_they_return():
     case = square_case(rows=64)
     inputs = harness.rotation(case, "cpu")
