@@ -246,6 +246,41 @@ def test_merge_and_unload():
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_while_sampling(dtype):
+    """Outputs as from PEFT's merge_adapter(); afterwards the same bits in every weight, also after an error."""
+    model = with_lora(tiny_llama(dtype))
+    fastrl.patch(model)
+    other = copy.deepcopy(model)
+    other.merge_adapter()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    unmerged = model(IDS).logits
+    with torch.no_grad(), integration.merged(model):
+        assert torch.equal(model(IDS).logits, other(IDS).logits)
+        with pytest.raises(ValueError, match="merged: model: expected adapters that are not merged"):
+            with integration.merged(model):
+                pass
+        with model.disable_adapter():  # PEFT unmerges for good here
+            model(IDS)
+    with pytest.raises(KeyboardInterrupt), integration.merged(model):
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(model(IDS).logits, unmerged)
+    scale = unmerged.float().abs().max().item()
+    assert (other(IDS).logits - unmerged).abs().max().item() < scale * (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_a_shared_weight_is_not_merged():
+    """Folding the adapter of a head into a weight that is the embedding's too would change the embedding."""
+    base = tiny_llama()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    model = with_lora(base, target_modules=["q_proj", "lm_head"])
+    want = model(IDS).logits
+    with torch.no_grad(), integration.merged(model):
+        torch.testing.assert_close(model(IDS).logits, want)
+        assert model.base_model.model.model.layers[0].self_attn.q_proj.merged and not model.base_model.lm_head.merged
+
+
 def test_save_and_load(tmp_path):
     """A patched model's adapter loads into plain PEFT, and the other way round."""
     model, patched, _ = pair()

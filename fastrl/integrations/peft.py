@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,6 +117,48 @@ def patch(model: nn.Module) -> Patch:
         module.__class__ = FusedLinear
         fused[name] = module  # type: ignore[assignment]
     return Patch(fused, skipped)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Folds the active adapters of a PEFT model into its weights, for passes without gradients such as sampling.
+
+        W' = W + scaling * B A, rounded to the dtype of W
+
+    The same as PEFT's ``merge_adapter()``, but afterwards the weights have their own bits again, which
+    ``unmerge_adapter()`` does not promise. A layer is then one product in place of three, which tells where few rows
+    are multiplied. Outputs differ from the unmerged model's by the rounding of W', so take log-probs that are compared
+    with training's (PPO's old ones) outside. A copy of the folded weights is kept meanwhile. Layers that are no plain
+    `lora.Linear`, or whose weight another module shares, stay as they are.
+
+        with torch.no_grad(), fastrl.integrations.peft.merged(model):
+            model.generate(**inputs)
+
+    Raises:
+        ValueError: adapters are merged already.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear)
+        and type(module.base_layer) is nn.Linear
+        and not module.disable_adapters
+        and owners[id(module.base_layer.weight)] == 1
+    ]
+    if any(layer.merged for layer in layers):
+        raise ValueError("merged: model: expected adapters that are not merged; call unmerge_adapter() first")
+    kept = [(p, p.detach().clone()) for layer in layers for p in layer.base_layer.parameters()]
+    try:
+        for layer in layers:
+            layer.merge()
+        yield
+    finally:
+        for layer in layers:
+            layer.merged_adapters.clear()
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
 
 
 def _why_not(module: LoraLayer) -> str:

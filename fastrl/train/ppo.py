@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
 from fastrl.config import option
 from fastrl.data import Prompt, load_prompts, split_holdout
+from fastrl.integrations.peft import merged
 from fastrl.metrics import MetricsLog, PhaseTimer, peak_memory_gib
 from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
@@ -61,6 +63,9 @@ class PPOConfig:
     max_prompt_length: int = option(256, "longest prompt in tokens")
     max_new_tokens: int = option(64, "longest response in tokens")
     temperature: float = option(1.0, "of sampling and of all log-probabilities")
+    merge_adapter: bool = option(
+        False, "fold the policy's adapter into its weights while sampling: faster; samples differ by rounding"
+    )
     stop_tokens: str = option("", "tokens that end a response, separated by commas; empty: eos, end of turn")
     no_stop_score: float | None = option(None, "score of a response that no stop token ended")
     learning_rate: float = option(5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)")
@@ -110,15 +115,16 @@ def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Pro
 def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
     """Responses that depend on the weights, the seed and the number of the iteration alone."""
     stop_tokens = [token for token in cfg.stop_tokens.split(",") if token]
-    return rollout(
-        policy,
-        tokenizer,
-        [prompt.input_ids for prompt in prompts],
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        stop_token_ids=find_stop_token_ids(tokenizer, policy, stop_tokens),
-        generator=torch.Generator(cfg.device).manual_seed(cfg.seed * 1_000_003 + iteration),
-    )
+    with merged(policy) if cfg.merge_adapter else nullcontext():
+        return rollout(
+            policy,
+            tokenizer,
+            [prompt.input_ids for prompt in prompts],
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            stop_token_ids=find_stop_token_ids(tokenizer, policy, stop_tokens),
+            generator=torch.Generator(cfg.device).manual_seed(cfg.seed * 1_000_003 + iteration),
+        )
 
 
 def shape(assessed: Assessment, mask: Tensor, cfg: PPOConfig) -> Advantages:

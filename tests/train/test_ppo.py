@@ -262,6 +262,14 @@ def test_ratio_is_one_on_the_first_minibatch(config, rank):
     assert stats["clip_frac"] == 0
 
 
+def test_merging_while_sampling_leaves_the_run_as_it_is(config):
+    """In float32 the samples are the same; old log-probs are the unmerged model's, so the first ratio is still 1."""
+    runs = [
+        main(config(merge_adapter=merge, output=str(Path(config().output) / str(merge)))) for merge in (False, True)
+    ]
+    assert runs[1]["score"] == pytest.approx(runs[0]["score"], abs=1e-4)
+
+
 def test_micro_batches_do_not_change_the_update(config):
     """pitfall 11, pitfall 16: one pass over 8 ragged rows and 8 over one give the same weights and statistics."""
     results = []
