@@ -1,5 +1,5 @@
 // Every function of fastrl._C.cuda. As in ../bindings.cpp, with the stream in place of the thread
-// count.
+// count; the GIL is released because a launch waits where the GPU's queue is full.
 
 #include "bindings.h"
 
@@ -17,6 +17,7 @@ void bind_gae(py::module_& m) {
       [](uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t dones, uintptr_t lambdas,
          uintptr_t bootstrap_value, int64_t rows, int64_t steps, float gamma, float gae_lambda,
          uintptr_t advantages, uintptr_t returns, uintptr_t stream) {
+        py::gil_scoped_release release;
         gae(pointer<const float>(rewards), pointer<const float>(values), pointer<const bool>(mask),
             pointer<const bool>(dones), pointer<const float>(lambdas),
             pointer<const float>(bootstrap_value), rows, steps, gamma, gae_lambda,
@@ -35,10 +36,13 @@ void bind_linear_head(py::module_& m) {
       [](const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t rows, int64_t vocab,
          float inv_temperature, float softcap, uintptr_t logprobs, uintptr_t row_stats,
          uintptr_t entropy, const py::tuple& out, const py::tuple& entropy_out, uintptr_t stream) {
-        linear_head_rows(
-            rows_of(logits), pointer<const int64_t>(token_ids), pointer<const bool>(mask), rows,
-            vocab, inv_temperature, softcap, pointer<float>(logprobs), pointer<float>(row_stats),
-            pointer<float>(entropy), rows_of(out), rows_of(entropy_out), pointer<void>(stream));
+        const Rows logits_rows = rows_of(logits), out_rows = rows_of(out),
+                   entropy_out_rows = rows_of(entropy_out);
+        py::gil_scoped_release release;
+        linear_head_rows(logits_rows, pointer<const int64_t>(token_ids), pointer<const bool>(mask),
+                         rows, vocab, inv_temperature, softcap, pointer<float>(logprobs),
+                         pointer<float>(row_stats), pointer<float>(entropy), out_rows,
+                         entropy_out_rows, pointer<void>(stream));
       },
       py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
       py::arg("inv_temperature"), py::arg("softcap"), py::arg("logprobs"), py::arg("row_stats"),
@@ -51,11 +55,13 @@ void bind_linear_head(py::module_& m) {
          int64_t columns, uintptr_t row_stats, uintptr_t logprobs, uintptr_t entropy,
          uintptr_t dlogprobs, uintptr_t dentropy, float inv_temperature, float softcap,
          const py::tuple& out, uintptr_t stream) {
-        linear_head_gradient(rows_of(logits), pointer<const int64_t>(token_ids),
+        const Rows logits_rows = rows_of(logits), out_rows = rows_of(out);
+        py::gil_scoped_release release;
+        linear_head_gradient(logits_rows, pointer<const int64_t>(token_ids),
                              pointer<const bool>(mask), begin, rows, columns,
                              pointer<const float>(row_stats), pointer<const float>(logprobs),
                              pointer<const float>(entropy), pointer<const float>(dlogprobs),
-                             pointer<const float>(dentropy), inv_temperature, softcap, rows_of(out),
+                             pointer<const float>(dentropy), inv_temperature, softcap, out_rows,
                              pointer<void>(stream));
       },
       py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("begin"), py::arg("rows"),
@@ -71,6 +77,7 @@ void bind_lora_linear(py::module_& m) {
       "lora_dropout",
       [](uintptr_t matrix, int dtype, int64_t rows, int64_t cols, uintptr_t seed,
          uint32_t threshold, uintptr_t stream) {
+        py::gil_scoped_release release;
         lora_dropout(pointer<void>(matrix), dtype, rows, cols, pointer<const int64_t>(seed),
                      threshold, pointer<void>(stream));
       },
@@ -82,6 +89,7 @@ void bind_lora_linear(py::module_& m) {
       "lora_down",
       [](uintptr_t x, int64_t x_stride, uintptr_t lora_a, int dtype, int64_t rows, int64_t cols,
          int64_t rank, uintptr_t seed, uint32_t threshold, uintptr_t down, uintptr_t stream) {
+        py::gil_scoped_release release;
         lora_down(pointer<const void>(x), x_stride, pointer<const void>(lora_a), dtype, rows, cols,
                   rank, pointer<const int64_t>(seed), threshold, pointer<void>(down),
                   pointer<void>(stream));
@@ -97,6 +105,7 @@ void bind_lora_linear(py::module_& m) {
       [](uintptr_t x, int64_t x_stride, uintptr_t ddown, int dtype, int64_t rows, int64_t cols,
          int64_t rank, uintptr_t seed, uint32_t threshold, uintptr_t workspace, uintptr_t da,
          uintptr_t stream) {
+        py::gil_scoped_release release;
         lora_da(pointer<const void>(x), x_stride, pointer<const void>(ddown), dtype, rows, cols,
                 rank, pointer<const int64_t>(seed), threshold, pointer<float>(workspace),
                 pointer<void>(da), pointer<void>(stream));
@@ -111,6 +120,7 @@ void bind_lora_linear(py::module_& m) {
       "lora_dx",
       [](uintptr_t ddown, uintptr_t lora_a, int dtype, int64_t rows, int64_t cols, int64_t rank,
          uintptr_t seed, uint32_t threshold, uintptr_t dx, uintptr_t stream) {
+        py::gil_scoped_release release;
         lora_dx(pointer<const void>(ddown), pointer<const void>(lora_a), dtype, rows, cols, rank,
                 pointer<const int64_t>(seed), threshold, pointer<void>(dx), pointer<void>(stream));
       },
@@ -122,6 +132,7 @@ void bind_lora_linear(py::module_& m) {
       [](uintptr_t dy, uintptr_t down, int64_t down_stride, uintptr_t lora_b, int dtype,
          int64_t rows, int64_t cols, int64_t rank, float scaling, uintptr_t workspace,
          uintptr_t ddown, int64_t ddown_stride, uintptr_t db, uintptr_t stream) {
+        py::gil_scoped_release release;
         lora_up_backward(pointer<const void>(dy), pointer<const void>(down), down_stride,
                          pointer<const void>(lora_b), dtype, rows, cols, rank, scaling,
                          pointer<float>(workspace), pointer<void>(ddown), ddown_stride,
@@ -144,6 +155,7 @@ void bind_ppo_advantages(py::module_& m) {
          float kl_clip, float score_clip, float gamma, float gae_lambda, bool center, bool scale,
          uintptr_t advantages, uintptr_t returns, uintptr_t rewards, uintptr_t kl,
          uintptr_t moments, uintptr_t stats, uintptr_t workspace, uintptr_t stream) {
+        py::gil_scoped_release release;
         ppo_advantages(pointer<const float>(logprobs), pointer<const float>(ref_logprobs),
                        pointer<const float>(values), pointer<const float>(scores),
                        pointer<const bool>(mask), rows, steps, kl_coef, kl_estimator, kl_clip,
@@ -173,6 +185,7 @@ void bind_ppo_loss(py::module_& m) {
          uintptr_t denominator, int64_t size, double clip_coef, float vf_clip_coef, float vf_coef,
          float ent_coef, float dual_clip, uintptr_t loss, uintptr_t stats, uintptr_t dlogprobs,
          uintptr_t dvalues, uintptr_t dentropy, uintptr_t workspace, uintptr_t stream) {
+        py::gil_scoped_release release;
         ppo_loss(pointer<const float>(logprobs), pointer<const float>(values),
                  pointer<const float>(entropy), pointer<const float>(old_logprobs),
                  pointer<const float>(old_values), pointer<const float>(advantages),
@@ -201,6 +214,7 @@ void bind_ranking_loss(py::module_& m) {
       [](uintptr_t scores, uintptr_t group_ids, uintptr_t ranks, uintptr_t margins, int64_t size,
          float center_coef, uintptr_t loss, uintptr_t stats, uintptr_t dscores, uintptr_t workspace,
          uintptr_t stream) {
+        py::gil_scoped_release release;
         ranking_loss(pointer<const float>(scores), pointer<const int64_t>(group_ids),
                      pointer<const double>(ranks), pointer<const float>(margins), size, center_coef,
                      pointer<float>(loss), pointer<float>(stats), pointer<float>(dscores),
@@ -224,9 +238,11 @@ void bind_token_logprobs(py::module_& m) {
       [](const py::tuple& logits, uintptr_t token_ids, uintptr_t mask, int64_t rows, int64_t vocab,
          float inv_temperature, float softcap, uintptr_t logprobs, uintptr_t row_stats,
          uintptr_t entropy, uintptr_t workspace, uintptr_t stream) {
+        const Rows logits_rows = rows_of(logits);
+        py::gil_scoped_release release;
         token_logprobs_fwd(
-            rows_of(logits), pointer<const int64_t>(token_ids), pointer<const bool>(mask), rows,
-            vocab, inv_temperature, softcap, pointer<float>(logprobs), pointer<float>(row_stats),
+            logits_rows, pointer<const int64_t>(token_ids), pointer<const bool>(mask), rows, vocab,
+            inv_temperature, softcap, pointer<float>(logprobs), pointer<float>(row_stats),
             pointer<float>(entropy), pointer<void>(workspace), pointer<void>(stream));
       },
       py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
@@ -240,12 +256,13 @@ void bind_token_logprobs(py::module_& m) {
          uintptr_t logprobs, uintptr_t entropy, uintptr_t dlogprobs, uintptr_t dentropy,
          int64_t rows, int64_t vocab, float inv_temperature, float softcap,
          const py::tuple& dlogits, uintptr_t stream) {
-        token_logprobs_bwd(rows_of(logits), pointer<const int64_t>(token_ids),
+        const Rows logits_rows = rows_of(logits), dlogits_rows = rows_of(dlogits);
+        py::gil_scoped_release release;
+        token_logprobs_bwd(logits_rows, pointer<const int64_t>(token_ids),
                            pointer<const bool>(mask), pointer<const float>(row_stats),
                            pointer<const float>(logprobs), pointer<const float>(entropy),
                            pointer<const float>(dlogprobs), pointer<const float>(dentropy), rows,
-                           vocab, inv_temperature, softcap, rows_of(dlogits),
-                           pointer<void>(stream));
+                           vocab, inv_temperature, softcap, dlogits_rows, pointer<void>(stream));
       },
       py::arg("logits"), py::arg("token_ids"), py::arg("mask"), py::arg("row_stats"),
       py::arg("logprobs"), py::arg("entropy"), py::arg("dlogprobs"), py::arg("dentropy"),

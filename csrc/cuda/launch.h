@@ -87,9 +87,11 @@ template <typename... Parameters, typename... Arguments>
 void launch_cluster(void (*kernel)(Parameters...), unsigned cluster, unsigned grid, unsigned block,
                     size_t shared_bytes, void* stream, Arguments... arguments) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
-  if (shared_bytes > kAlwaysAllowed) {  // a failure shows in the launch
+  // As much as the device has: another thread may be between here and its launch with more than
+  // this one needs. A failure shows in the launch.
+  if (shared_bytes > kAlwaysAllowed) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
+                         static_cast<int>(device_limits().shared_bytes));
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
