@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -66,11 +67,15 @@ def tests(gpu: Gpu, folder: Path) -> Iterator[Step]:
 
 
 def sanitize(gpu: Gpu, folder: Path) -> Iterator[Step]:
-    """Only fastrl's kernels are watched: the libraries' would take most of the time."""
+    """Only fastrl's kernels are watched: the libraries' would take most of the time.
+
+    But initcheck, which comes last, must see every kernel that writes what fastrl's read.
+    """
     names = ["fastrl", *triton_kernels()]
     filters = [argument for name in names for argument in ("--kernel-name", f"kns={name}")]
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *filters]
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        watched = [] if tool == "initcheck" else filters
+        command = [cuda_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", *watched]
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation for each tensor
         yield Step(tool, [*command, PYTHON, "tests/gpu/every_op.py"], 240, environment)
 
@@ -100,6 +105,14 @@ def peers(gpu: Gpu, folder: Path) -> Iterator[Step]:
     peer = ["--trl-python", PYTHON] if find_spec("trl") else []
     command = [PYTHON, "-m", "fastrl.benches.bench_train", "--csv", str(gpu.csv), *WORKLOAD, *peer]
     yield Step("updates", command)
+
+
+def cuda_tool(name: str) -> str:
+    """A program of the CUDA toolkit, where setup.py looks for nvcc; its bare name if it is nowhere."""
+    beside = [Path(nvcc).parent / name for nvcc in [os.environ.get("CUDACXX")] if nvcc]
+    homes = [Path(os.environ[home]) / "bin" / name for home in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(home)]
+    candidates = [*beside, *homes, name, f"/usr/local/cuda/bin/{name}"]
+    return next((path for candidate in candidates if (path := shutil.which(str(candidate)))), name)
 
 
 def triton_kernels() -> list[str]:

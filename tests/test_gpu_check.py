@@ -75,6 +75,27 @@ def test_the_sanitizers_watch_every_triton_kernel():
     assert entry_points() <= set(gpu_check.triton_kernels())
 
 
+def test_initcheck_sees_the_kernels_that_write_what_ours_read(tmp_path):
+    filtered = {step.name: "--kernel-name" in step.command for step in gpu_check.sanitize(H100, tmp_path)}
+    assert filtered == {"memcheck": True, "racecheck": True, "synccheck": True, "initcheck": False}
+
+
+@pytest.mark.parametrize(
+    "variable, value", [("CUDA_HOME", "."), ("CUDA_PATH", "."), ("CUDACXX", "bin/nvcc"), ("PATH", "bin")]
+)
+def test_the_sanitizer_is_found_like_nvcc(tmp_path, monkeypatch, variable, value):
+    program = tmp_path / "bin/compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh")
+    program.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "CUDACXX"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv(variable, str(tmp_path / value))
+    assert gpu_check.cuda_tool("compute-sanitizer") == str(program)
+    assert gpu_check.cuda_tool("no-such-tool") == "no-such-tool"
+
+
 def test_failures_do_not_stop_the_rest(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "this_gpu", lambda: H100)
     monkeypatch.setattr(gpu_check, "build", lambda gpu, folder: iter([python("raise SystemExit(1)")]))
