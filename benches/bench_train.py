@@ -63,46 +63,64 @@ def main(argv: list[str] | None = None) -> None:
             rows += measure(task, Path(folder), settings, args)
             records.write(args.csv, records.merge(records.read(args.csv), rows))
     print(f"{records.table(rows)}\n\n{args.csv} written")
+    if bad := [f"{row['op']}: {row['provider']}: {row['status']}" for row in rows if row["status"] != "ok"]:
+        sys.exit("\n".join(["not every peer ran and agreed:", *bad]))
 
 
 def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[records.Row]:
-    """One row per peer of `task`; the peers take turns."""
+    """One row per peer of `task`; the first that works is the baseline."""
     peers = [peer for peer in PEERS[task] if peer[1] != TRL or args.trl_python]
-    reports: dict[str, list[dict]] = {provider: [] for provider, *_ in peers}
-    for turn in range(args.repeats):
-        for provider, program, argument in peers:
-            print(f"[{turn + 1}/{args.repeats}] {task}: {provider}", file=sys.stderr, flush=True)
-            reports[provider].append(run(program, folder, argument, settings.threads, args.trl_python))
-    baseline = peers[0][0]
+    reports, failures = run_in_turn(task, peers, folder, settings, args)
     environment = machine.environment(settings.device)
     if settings.device == "cpu":
         environment["threads"] = str(settings.threads)
+    environment |= {"op": task, "shape": describe(settings), "direction": "step"}
+    environment["dtype"] = machine.short(getattr(torch, settings.dtype))
     tokens = sum(map(len, train_workload.read(folder)[2]))
-    base = percentiles(all_seconds(reports[baseline]))[1]
+    baseline = next(iter(reports), "")
     rows = []
     for provider, *_ in peers:
-        p20, p50, p80 = percentiles(all_seconds(reports[provider]))
-        error = disagreement(reports[provider][0]["check"], reports[baseline][0]["check"])
-        rows.append(
-            environment
-            | {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))}
-            | {
-                "op": task,
-                "shape": describe(settings),
-                "dtype": machine.short(getattr(torch, settings.dtype)),
-                "direction": "step",
-                "provider": provider,
-                "status": "ok" if error < TOLERANCE[settings.dtype] else f"differs from {baseline}",
-                "baseline": baseline,
-                "speedup": number(base / p50),
-                "rate": number(tokens / p50),
-                "unit": "tokens/s",
-                "peak_mib": number(max(report["peak_mib"] for report in reports[provider])),
-                "peak_extra_mib": number(max(r["peak_mib"] - r["imported_mib"] for r in reports[provider])),
-                "error": number(error),
-            }
-        )
+        row = environment | {"provider": provider, "status": failures.get(provider, "ok")}
+        if provider in reports:
+            error = disagreement(reports[provider][0]["check"], reports[baseline][0]["check"])
+            if not error < TOLERANCE[settings.dtype]:
+                row["status"] = f"differs from {baseline}"
+            row |= {"baseline": baseline, "error": number(error)}
+            row |= figures(reports[provider], reports[baseline], tokens)
+        rows.append(row)
     return rows
+
+
+def run_in_turn(
+    task: str, peers: list[tuple[str, str, str]], folder: Path, settings: Settings, args: argparse.Namespace
+) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Reports of the peers that work, and what is wrong with the others, which do not stop these."""
+    reports: dict[str, list[dict]] = {provider: [] for provider, *_ in peers}
+    failures = {}
+    for turn in range(args.repeats):
+        for provider, program, argument in peers:
+            if provider in failures:
+                continue
+            print(f"[{turn + 1}/{args.repeats}] {task}: {provider}", file=sys.stderr, flush=True)
+            try:
+                reports[provider].append(run(program, folder, argument, settings.threads, args.trl_python))
+            except RuntimeError as error:
+                print(error, file=sys.stderr, flush=True)
+                failures[provider] = f"failed: {str(error).splitlines()[-1][:120]}"
+                del reports[provider]
+    return reports, failures
+
+
+def figures(reports: list[dict], base: list[dict], tokens: int) -> dict[str, str]:
+    """Times, rate and memory of a peer, from its reports and those of the baseline."""
+    p20, p50, p80 = percentiles(all_seconds(reports))
+    return {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))} | {
+        "speedup": number(percentiles(all_seconds(base))[1] / p50),
+        "rate": number(tokens / p50),
+        "unit": "tokens/s",
+        "peak_mib": number(max(report["peak_mib"] for report in reports)),
+        "peak_extra_mib": number(max(report["peak_mib"] - report["imported_mib"] for report in reports)),
+    }
 
 
 def run(program: str, folder: Path, argument: str, threads: int, trl_python: str | None) -> dict:

@@ -200,6 +200,23 @@ def test_peers_must_agree_before_their_times_count():
     assert bench_train.disagreement({"surprisal": 101.0, "score": 0.5}, expected) == pytest.approx(0.01)
 
 
+def test_a_peer_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def run(program, *_):
+        if program == bench_train.TRL:
+            raise RuntimeError("python train_trl.py failed:\nTraceback\nModuleNotFoundError: No module named 'trl.x'")
+        return {"seconds": [1.0], "peak_mib": 2.0, "imported_mib": 1.0, "check": {"score": 1.0}}
+
+    monkeypatch.setattr(bench_train, "run", run)
+    path = tmp_path / "train.csv"
+    small = "--hidden 32 --layers 1 --heads 2 --kv-heads 1 --intermediate 64 --vocab 100 --batch 4 --trl-python python"
+    with pytest.raises(SystemExit, match="PPO update, full: trl: failed: ModuleNotFoundError"):
+        bench_train.main(["--csv", str(path), "--task", "PPO update, full", *small.split()])
+    rows = {row["provider"]: row for row in records.read(path)}
+    assert rows["trl"]["status"].startswith("failed: ModuleNotFoundError") and not rows["trl"]["ms_p50"]
+    ours = rows["fastrl loop"]
+    assert (ours["status"], ours["baseline"], float(ours["speedup"])) == ("ok", "fastrl loop", 1)
+
+
 @pytest.mark.slow
 def test_train_bench_runs_both_peers_on_the_same_work(tmp_path):
     path = tmp_path / "train.csv"
