@@ -62,7 +62,8 @@ def build(gpu: Gpu, folder: Path) -> Iterator[Step]:
 
 
 def tests(gpu: Gpu, folder: Path) -> Iterator[Step]:
-    workers = ["-n", "4", "--dist", "loadfile"] if find_spec("xdist") else []  # Triton compiles on the CPU
+    number = min(8, os.cpu_count() or 1)  # Triton and torch.compile work on the CPU
+    workers = ["-n", str(number), "--dist", "worksteal"] if find_spec("xdist") else []
     yield Step("tests/gpu", [*PYTEST, *workers, "tests/gpu"])
 
 
