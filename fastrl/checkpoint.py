@@ -65,6 +65,11 @@ def _write(
     tokenizer.save_pretrained(staging)
 
 
+def checkpoints(output: str | Path) -> list[Path]:
+    """Folders of the checkpoints under `output`, oldest first."""
+    return sorted((Path(output) / "checkpoints").glob("step-*"))
+
+
 def save_checkpoint(
     model: transformers.PreTrainedModel | peft.PeftModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -81,14 +86,14 @@ def save_checkpoint(
     """
     folder = Path(output) / "checkpoints" / f"step-{step:06d}"
     save_model(model, tokenizer, folder)
-    for old in _checkpoints(output)[:-keep]:
+    for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
     return folder
 
 
 def last_checkpoint(output: str | Path) -> Path | None:
     """Newest checkpoint under `output`; None if there is none."""
-    found = _checkpoints(output)
+    found = checkpoints(output)
     return found[-1] if found else None
 
 
@@ -107,7 +112,3 @@ def save_merged_base(
         return
     folder = save_model(model, tokenizer, Path(output) / "base").resolve()
     model.config._name_or_path = model.name_or_path = str(folder)
-
-
-def _checkpoints(output: str | Path) -> list[Path]:
-    return sorted((Path(output) / "checkpoints").glob("step-*"))

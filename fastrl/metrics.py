@@ -16,18 +16,20 @@ from tqdm import tqdm
 
 
 class MetricsLog:
-    """Appends records to `output/metrics.jsonl`, shows a bar of `total` steps on stderr, prints
+    """Writes records to `output/metrics.jsonl`, shows a bar of `total` steps on stderr, prints
     every Nth line.
 
     Use as a context manager. The bar hides itself where stderr is no terminal; the lines are
-    printed to stdout.
+    printed to stdout. Of an earlier run's records those of its first `done` steps are kept.
     """
 
-    def __init__(self, output: str | Path, *, total: int, title: str, print_every: int = 10) -> None:
+    def __init__(self, output: str | Path, *, total: int, title: str, done: int = 0, print_every: int = 10) -> None:
         Path(output).mkdir(parents=True, exist_ok=True)
         self.path = Path(output) / "metrics.jsonl"
+        kept = _records_until(self.path, done) if done else []
         self._file = self.path.open("w", encoding="utf-8")
-        self._bar = tqdm(total=total, desc=title, unit="step", disable=None, leave=False)
+        self._file.writelines(kept)
+        self._bar = tqdm(total=total, initial=done, desc=title, unit="step", disable=None, leave=False)
         self._total, self._title, self._print_every = total, title, print_every
 
     def write(self, step: int, kind: str = "train", **metrics: float | int | str | None) -> None:
@@ -50,6 +52,14 @@ class MetricsLog:
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
         self._file.close()
+
+
+def _records_until(path: Path, step: int) -> list[str]:
+    """The lines of records up to that step; a line that was not finished is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 class PhaseTimer:

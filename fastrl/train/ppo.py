@@ -31,6 +31,7 @@ from fastrl.models import check_context, context_length, default_device, load_to
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
 from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
 from fastrl.reference.masked import masked_mean
+from fastrl.resume import Run
 from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
 from fastrl.train.ppo_batch import (
     Experience,
@@ -84,6 +85,7 @@ class PPOConfig:
     device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
     seed: int = option(0, "same seed, same run; on CPU bit for bit")
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only")
+    resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
 
 
 def check_settings(cfg: PPOConfig) -> None:
@@ -223,6 +225,15 @@ def evaluate(
     return metrics, texts
 
 
+def keep_samples(output: str, done: int) -> list[str]:
+    """Leaves the samples of the first `done` iterations in samples.jsonl; the responses before training."""
+    path = Path(output) / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    path.write_text("".join(kept), encoding="utf-8")
+    return [record["response"] for record in map(json.loads, kept) if record["step"] == 0]
+
+
 def main(cfg: PPOConfig) -> dict[str, Any]:
     """Train, evaluate and save; returns the final metrics.
 
@@ -244,10 +255,14 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
         make_schedule(optimizer, kind="linear", warmup_steps=0, total_steps=cfg.iterations) for optimizer in optimizers
     ]
     timer = PhaseTimer(cfg.device)
+    run = Run(cfg, [roles.policy, roles.critic], optimizers, schedules)
+    done = run.start()
+    order = islice(order, done * cfg.batch_size, None)
 
-    with MetricsLog(cfg.output, total=cfg.iterations, title="ppo") as log:
-        metrics, before = evaluate(roles, tokenizer, held_out, cfg, log, 0)
-        for iteration in range(1, cfg.iterations + 1):
+    with MetricsLog(cfg.output, total=cfg.iterations, title="ppo", done=done) as log:
+        metrics = evaluate(roles, tokenizer, held_out, cfg, log, 0)[0] if done == 0 else {}
+        before = keep_samples(cfg.output, done)
+        for iteration in range(done + 1, cfg.iterations + 1):
             start = time.perf_counter()
 
             # 1 sample a response to each prompt
@@ -292,6 +307,7 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
                     log.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
                 folder = save_checkpoint(roles.policy, tokenizer, cfg.output, iteration)
                 save_model(roles.critic, tokenizer, folder / "critic")
+                run.save(folder, iteration)
 
         # 8 save
         save_model(roles.policy, tokenizer, cfg.output)

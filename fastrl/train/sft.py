@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from fastrl.models import (
     load_tokenizer,
 )
 from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.resume import Run
 from fastrl.rollout import decode_responses, rollout
 
 
@@ -69,6 +70,7 @@ class SFTConfig:
     seed: int = option(0, "same seed, same run; on CPU bit for bit")
     eval_every: int = option(50, "optimizer steps between evaluations; 0: at start and end only")
     save_every: int = option(100, "optimizer steps between checkpoints; 0: none")
+    resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
     samples: int = option(2, "held-out prompts answered at each evaluation")
     sample_tokens: int = option(64, "longest sampled answer in tokens")
 
@@ -160,10 +162,15 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
         shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
     )
 
-    with MetricsLog(cfg.output, total=total, title="sft") as log:
-        report_held_out(log, 0, model, tokenizer, held_out, cfg)
-        for step, indices in zip(range(1, total + 1), batches, strict=False):
+    run = Run(cfg, [model], [optimizer], [schedule])
+    done = run.start()
+
+    with MetricsLog(cfg.output, total=total, title="sft", done=done) as log:
+        if done == 0:
+            report_held_out(log, 0, model, tokenizer, held_out, cfg)
+        for step, indices in islice(zip(range(1, total + 1), batches, strict=False), done, None):
             start = time.perf_counter()
+            torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's dropout depends on no earlier step
             model.train()
 
             # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
@@ -180,7 +187,7 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
 
             # 6 keep the weights that gave this finite loss
             if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
-                save_checkpoint(model, tokenizer, cfg.output, step - 1)
+                run.save(save_checkpoint(model, tokenizer, cfg.output, step - 1), step - 1)
 
             # 7 update
             lr = optimizer.param_groups[0]["lr"]
