@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from fastrl.bench import OPS
 
@@ -159,12 +159,12 @@ def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
     """Runs the command in a process group of its own; the output goes to a log and, its end, to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{part}-{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
-    environment = {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", **step.environment}
+    path = f"{Path(PYTHON).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # cmake, ninja of that environment
+    common = {"PATH": path, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     with log.open("w") as file:
         try:
-            command = ["timeout", "--kill-after=10", f"{seconds:.1f}", *step.command]  # ends the whole group
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = run_group(step.command, seconds, {**os.environ, **common, **step.environment}, file)
             status = "ok" if code == 0 else f"failed ({code})"
             if code and time.monotonic() - start >= seconds:
                 status = "too slow" if seconds == step.seconds else "cut off: out of time"
@@ -173,6 +173,18 @@ def run_step(part: str, step: Step, folder: Path, seconds: float) -> Outcome:
     lines = log.read_text(errors="replace").splitlines()
     print("\n".join(lines[-(15 if status == "ok" else 60) :]), flush=True)
     return Outcome(part, step.name, status, time.monotonic() - start, summary(lines))
+
+
+def run_group(command: list[str], seconds: float, environment: dict[str, str], log: IO[str]) -> int:
+    """Exit status of a command that is ended, with all that it started, after `seconds` or by Ctrl-C."""
+    limited = ["timeout", "--kill-after=10", f"{seconds:.1f}", *command]
+    with subprocess.Popen(limited, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # timeout passes it on; killed, it would leave the command running on the GPU
+            process.wait()
+            raise
 
 
 def python_path() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,28 @@ def python(code: str, seconds: float = 20) -> Step:
 def test_a_step_is_reported_and_never_raises(tmp_path, step, status, note):
     (outcome,) = gpu_check.run_part("tests", iter([step]), tmp_path)
     assert outcome.status.startswith(status) and outcome.note.startswith(note) and outcome.seconds < 5
+
+
+def test_an_interrupt_ends_the_step(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu_check.run_step("tests", python("import os, time; print(os.getpid()); time.sleep(20)"), tmp_path, 20)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    process = (tmp_path / "tests-a-step.log").read_text().strip()
+    assert process and not Path(f"/proc/{process}").exists()
+
+
+def test_programs_of_the_environment_are_found(tmp_path, monkeypatch):
+    """Where Python is called by its path, without activating its environment."""
+    monkeypatch.setattr(gpu_check, "PYTHON", str(tmp_path / "bin/python"))
+    outcome = gpu_check.run_step("build", python("import os; print(os.environ['PATH'])"), tmp_path, 20)
+    assert outcome.note.startswith(str(tmp_path / "bin") + ":")
 
 
 PEER = "import json, sys; print(json.dumps(sys.argv[2:]))"
