@@ -1,11 +1,15 @@
 """Checks and measures fastrl on a GPU, in the checkout: `python -m benches.gpu_check [--part PART ...]`.
 
-build: builds for this GPU, `fastrl doctor`; tests: tests/gpu; sanitize: compute-sanitizer over every op; bench: every
-op beside its peers; train: SFT, reward model, PPO on the demo's data; peers: whole updates beside TRL and transformers.
+    build     for this GPU; fastrl doctor
+    tests     tests/gpu
+    sanitize  compute-sanitizer over every op
+    bench     every op beside its peers
+    train     SFT, reward model and PPO on the demo's data
+    peers     whole updates beside TRL and transformers
 
 A part takes less than ten minutes, its table included. What fails is reported, and the rest still runs; what no longer
-fits is listed as not run, and `--part PART --step STEP` runs it alone. Needs torch with CUDA, nvcc, pytest and what
-fastrl itself needs (train, peers).
+fits is listed as not run, and `--part PART --step STEP` runs it alone. Needs fastrl's dependencies with a torch for
+CUDA, nvcc and pytest.
 """
 
 from __future__ import annotations
@@ -206,8 +210,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benches.gpu_check", description=__doc__.split("\n")[0])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benches.gpu_check", description=__doc__, formatter_class=raw)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--step", nargs="+", help="only these steps of the parts, by their names in the table")
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for logs and runs")
     args = parser.parse_args(argv)
