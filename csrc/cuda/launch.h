@@ -19,15 +19,11 @@
   fastrl::cuda::launch_cluster(kernel, cluster, grid, block, shared_bytes, stream, __VA_ARGS__)
 #endif
 
-#include <map>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace fastrl::cuda {
-
-constexpr unsigned kPortableCluster = 8;  // blocks; every device with clusters takes so many
 
 // Turns a launch that CUDA refused into an exception that names the op; never waits for the kernel.
 inline void check_launch(const char* op) {
@@ -60,11 +56,6 @@ template <typename Kernel>
 bool compiled_for_clusters(Kernel) {
   return true;
 }
-
-template <typename Kernel>
-bool runs_clusters_of(unsigned cluster, Kernel, unsigned) {
-  return cluster <= host_cuda::largest_cluster;
-}
 #else
 inline DeviceLimits device_limits() {
   static const std::vector<DeviceLimits> limits = [] {
@@ -92,19 +83,15 @@ bool compiled_for_clusters(void (*kernel)(Parameters...)) {
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
-// Allows the kernel what must be asked for and calls use(config). A failure shows in the launch.
-template <typename Kernel, typename Use>
-void configure_cluster(Kernel kernel, unsigned cluster, unsigned grid, unsigned block,
-                       size_t shared_bytes, void* stream, Use use) {
+template <typename... Parameters, typename... Arguments>
+void launch_cluster(void (*kernel)(Parameters...), unsigned cluster, unsigned grid, unsigned block,
+                    size_t shared_bytes, void* stream, Arguments... arguments) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
   // As much as the device has: another thread may be between here and its launch with more than
-  // this one needs.
+  // this one needs. A failure shows in the launch.
   if (shared_bytes > kAlwaysAllowed) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(device_limits().shared_bytes));
-  }
-  if (cluster > kPortableCluster) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -117,38 +104,7 @@ void configure_cluster(Kernel kernel, unsigned cluster, unsigned grid, unsigned 
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  use(config);
-}
-
-// Whether the current device runs clusters of so many blocks, even if each takes all of a
-// multiprocessor's shared memory. CUDA is asked once, with whichever kernel comes first: beside
-// that memory a block takes little.
-template <typename Kernel>
-bool runs_clusters_of(unsigned cluster, Kernel kernel, unsigned block) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, unsigned>, bool> answers;
-  int device = 0;
-  cudaGetDevice(&device);
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = answers.try_emplace({device, cluster}, false);
-  bool& answer = found.first->second;
-  if (!found.second) return answer;
-  const size_t bytes = device_limits().shared_bytes;
-  configure_cluster(kernel, cluster, cluster, block, bytes, nullptr, [&](const auto& config) {
-    int clusters = 0;
-    answer =
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
-  });
-  cudaGetLastError();  // a refusal is an answer, not the next launch's failure
-  return answer;
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch_cluster(void (*kernel)(Parameters...), unsigned cluster, unsigned grid, unsigned block,
-                    size_t shared_bytes, void* stream, Arguments... arguments) {
-  configure_cluster(kernel, cluster, grid, block, shared_bytes, stream, [&](const auto& config) {
-    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  });
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 #endif
 

@@ -8,15 +8,11 @@
 namespace fastrl::cuda {
 namespace {
 
+constexpr unsigned kMaxCluster = 8;  // the largest that every device with clusters takes
+
 // A row is shared by more blocks while a block's part is larger: smaller parts let more rows
 // overlap on a multiprocessor.
 constexpr size_t kPreferredBytes = 48 << 10;
-
-// A multiprocessor has registers for so many blocks. Where eight blocks a row are too large for
-// that, sixteen share it, if the device can.
-constexpr int kResidentBlocks = 3;
-constexpr unsigned kLargeCluster = 16;
-constexpr size_t kReservedBytes = 1 << 10;  // of each block's shared memory, by CUDA
 
 // The shared memory of one of the blocks that keep a row.
 struct OnChipRow {
@@ -89,7 +85,7 @@ struct OnChipRow {
 // A cluster of blocks reads a row, which begins at a 16-byte boundary, once, keeps it in shared
 // memory, and writes its gradient once. `out` may be the logits' own memory.
 template <bool kSoftcap, Gradient kGradient, typename Out>
-__global__ void __launch_bounds__(kRowThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kRowThreads, 3)
     linear_head_kernel(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
                        int64_t vocab, int tiles_per_block, LogitMap map, RowOutputs results,
                        Rows out, Rows entropy_out) {
@@ -165,12 +161,8 @@ bool launch_on_chip(Rows logits, const int64_t* token_ids, const bool* mask, int
   const auto kernel = linear_head_kernel<kSoftcap, kGradient, Out>;
   const DeviceLimits limits = device_limits();
   const bool clusters = limits.clusters && compiled_for_clusters(kernel);
-  const int tiles = tiles_of<float>(vocab);
-  Plan plan = plan_of(tiles, clusters ? kPortableCluster : 1, limits.shared_bytes);
-  const size_t share = limits.shared_bytes / kResidentBlocks - kReservedBytes;
-  if (clusters && plan.bytes > share && runs_clusters_of(kLargeCluster, kernel, kRowThreads)) {
-    plan = plan_of(tiles, kLargeCluster, limits.shared_bytes);
-  }
+  const Plan plan =
+      plan_of(tiles_of<float>(vocab), clusters ? kMaxCluster : 1, limits.shared_bytes);
   if (plan.blocks == 0 || !is_aligned(logits)) return false;
   const unsigned grid = grid_of(rows * plan.blocks) / plan.blocks * plan.blocks;
   const int tiles_per_block = plan.tiles_per_block;

@@ -10,12 +10,10 @@ namespace host_cuda {
 
 inline void bind_device(pybind11::module_& m) {
   auto device = m.def_submodule("device", "The device that the kernels believe they run on.");
-  device.def("set_limits", [](size_t shared, unsigned cluster) {
+  device.def("set_limits", [](size_t shared, bool clusters) {
     shared_limit = shared;
-    has_clusters = cluster > 1;
-    largest_cluster = cluster;
+    has_clusters = clusters;
   });
-  device.def("last_cluster", &cluster_size);
   device.def("set_static_shared", &set_static_shared);
   device.def("allow", &allow);
   device.def("take_reports", &take_reports);

@@ -19,7 +19,6 @@ namespace host_cuda {
 
 size_t shared_limit = 227 << 10;
 bool has_clusters = true;
-unsigned largest_cluster = 16;
 
 namespace {
 

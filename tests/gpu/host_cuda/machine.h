@@ -24,7 +24,6 @@ constexpr int kWarpSize = 32;
 // What the kernels are told of the device; a test may choose.
 extern size_t shared_limit;
 extern bool has_clusters;
-extern unsigned largest_cluster;  // if it has any
 
 // Runs `kernel` (of so many bytes) by `run` in every thread of the grid.
 void launch(void (*run)(const void*), const void* kernel, size_t bytes, dim3 grid,
