@@ -68,7 +68,7 @@ def build(gpu: Gpu, folder: Path) -> Iterator[Step]:
 def tests(gpu: Gpu, folder: Path) -> Iterator[Step]:
     number = min(8, os.cpu_count() or 1)  # Triton and torch.compile work on the CPU
     workers = ["-n", str(number), "--dist", "worksteal"] if find_spec("xdist") else []
-    yield Step("tests/gpu", [*PYTEST, *workers, "tests/gpu"])
+    yield Step("tests/gpu", [*PYTEST, *workers, "tests/gpu", "tests/train/test_gpu.py"])
 
 
 def sanitize(gpu: Gpu, folder: Path) -> Iterator[Step]:

@@ -22,3 +22,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker(mark):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def host_cuda_kernels(tmp_path_factory):
+    """fastrl._C.cuda compiled for the host, with checks of every access to memory."""
+    import host_cuda
+
+    return host_cuda.build_kernels(tmp_path_factory.mktemp("host_cuda"))

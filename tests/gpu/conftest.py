@@ -35,12 +35,6 @@ def gpu_backend(request, monkeypatch) -> str:
     return name
 
 
-@pytest.fixture(scope="session")
-def host_cuda_kernels(tmp_path_factory):
-    """fastrl._C.cuda compiled for the host, with checks of every access to memory."""
-    return host_cuda.build_kernels(tmp_path_factory.mktemp("host_cuda"))
-
-
 @pytest.fixture(autouse=True)
 def kernels_touch_only_what_they_may(request, monkeypatch):
     """Out of bounds, misaligned or unordered accesses of CUDA kernels on the host fail the test that launched them."""
