@@ -26,7 +26,7 @@ class MetricsLog:
     def __init__(self, output: str | Path, *, total: int, title: str, done: int = 0, print_every: int = 10) -> None:
         Path(output).mkdir(parents=True, exist_ok=True)
         self.path = Path(output) / "metrics.jsonl"
-        kept = _records_until(self.path, done) if done else []
+        kept = lines_until(self.path, done) if done else []
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(kept)
         self._bar = tqdm(total=total, initial=done, desc=title, unit="step", disable=None, leave=False)
@@ -54,8 +54,8 @@ class MetricsLog:
         self._file.close()
 
 
-def _records_until(path: Path, step: int) -> list[str]:
-    """The lines of records up to that step; a line that was not finished is left out."""
+def lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a JSONL file whose records are of steps up to that one; a line that was not finished is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -20,6 +20,11 @@ STATE_FILE = "training_state.pt"
 FREE = ("resume", "output", "device")  # settings that may differ
 
 
+def step_seed(seed: int, step: int) -> int:
+    """What the random numbers of a step are drawn from: they depend on no earlier step."""
+    return seed * 1_000_003 + step
+
+
 class Run(NamedTuple):
     """A run at some step. All that its later steps do follows from this, its seed and their numbers."""
 

@@ -173,9 +173,9 @@ def _inputs(head, hidden, lora_a, scaling):
         return None
     inputs = hidden.new_ones(len(hidden), head.columns.shape[1])  # the columns of zeros take ones as well
     if lora_a is not None:
-        at_once = MIN_ROWS if batch_invariant() else len(hidden)
+        at_once, lora_a = MIN_ROWS if batch_invariant() else len(hidden), lora_a.to(hidden.dtype)
         for begin, end in spans(len(hidden), at_once):
-            down = torch.mm(_filled_up(hidden[begin:end], at_once), lora_a.to(hidden.dtype).t())
+            down = torch.mm(_filled_up(hidden[begin:end], at_once), lora_a.t())
             torch.mul(down[: end - begin], scaling, out=inputs[begin:end, : head.rank])
     return inputs
 

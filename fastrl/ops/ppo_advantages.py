@@ -35,9 +35,7 @@ class AdvantageStats(NamedTuple):
     return_variance: torch.Tensor
     advantage_mean: torch.Tensor
     advantage_std: torch.Tensor
-    explained_variance: (
-        torch.Tensor
-    )  # 1 - variance(returns - values) / variance(returns); 0 if the latter is 0 or rounding
+    explained_variance: torch.Tensor  # 1 - variance(returns - values) / variance(returns); 0 if that is 0 or rounding
 
 
 class Advantages(NamedTuple):

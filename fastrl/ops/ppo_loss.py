@@ -33,9 +33,7 @@ class PPOStats(NamedTuple):
     vf_clip_frac: torch.Tensor  # share of tokens whose value term took the clipped branch
     ratio_mean: torch.Tensor
     ratio_max: torch.Tensor
-    explained_variance: (
-        torch.Tensor
-    )  # 1 - variance(returns - values) / variance(returns); 0 if the latter is 0 or rounding
+    explained_variance: torch.Tensor  # 1 - variance(returns - values) / variance(returns); 0 if that is 0 or rounding
 
 
 def ppo_loss(

@@ -26,12 +26,12 @@ from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
 from fastrl.config import option
 from fastrl.data import Prompt, load_prompts, split_holdout
 from fastrl.integrations.peft import merged
-from fastrl.metrics import MetricsLog, PhaseTimer, peak_memory_gib
+from fastrl.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
 from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
 from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
 from fastrl.reference.masked import masked_mean
-from fastrl.resume import Run
+from fastrl.resume import Run, step_seed
 from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
 from fastrl.train.ppo_batch import (
     Experience,
@@ -125,7 +125,7 @@ def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfi
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             stop_token_ids=find_stop_token_ids(tokenizer, policy, stop_tokens),
-            generator=torch.Generator(cfg.device).manual_seed(cfg.seed * 1_000_003 + iteration),
+            generator=torch.Generator(cfg.device).manual_seed(step_seed(cfg.seed, iteration)),
         )
 
 
@@ -228,8 +228,7 @@ def evaluate(
 def keep_samples(output: str, done: int) -> list[str]:
     """Leaves the samples of the first `done` iterations in samples.jsonl; the responses before training."""
     path = Path(output) / "samples.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    kept = lines_until(path, done)
     path.write_text("".join(kept), encoding="utf-8")
     return [record["response"] for record in map(json.loads, kept) if record["step"] == 0]
 
@@ -260,8 +259,10 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
     order = islice(order, done * cfg.batch_size, None)
 
     with MetricsLog(cfg.output, total=cfg.iterations, title="ppo", done=done) as log:
-        metrics = evaluate(roles, tokenizer, held_out, cfg, log, 0)[0] if done == 0 else {}
-        before = keep_samples(cfg.output, done)
+        if done == 0:
+            metrics, before = evaluate(roles, tokenizer, held_out, cfg, log, 0)
+        else:
+            metrics, before = {}, keep_samples(cfg.output, done)
         for iteration in range(done + 1, cfg.iterations + 1):
             start = time.perf_counter()
 

@@ -38,7 +38,7 @@ from fastrl.models import (
 )
 from fastrl.ops import ranking_loss
 from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
-from fastrl.resume import Run
+from fastrl.resume import Run, step_seed
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
             report_held_out(log, 0, model, tokenizer, held_out, cfg)
         for step, indices in islice(zip(range(1, total + 1), batches, strict=False), done, None):
             start = time.perf_counter()
-            torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's dropout depends on no earlier step
+            torch.manual_seed(step_seed(cfg.seed, step))  # a step's dropout depends on no earlier step
             model.train()
 
             # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together

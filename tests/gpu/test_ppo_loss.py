@@ -10,7 +10,7 @@ from gpus import HAS_GPU
 from oracle import assert_as_accurate
 
 from fastrl.kernels import ppo_loss as kernels
-from fastrl.ops import backend, ppo_loss
+from fastrl.ops import ppo_loss
 
 NAMES = ["logprobs", "values", "old_logprobs", "old_values", "advantages", "returns", "mask"]
 
@@ -165,15 +165,14 @@ def test_repeatable_at_any_alignment(gpu_backend, device):
         assert all(torch.equal(w, g) for w, g in zip(want[2:], got[2:], strict=True))
 
 
-def test_triton_adds_in_one_order_at_any_alignment(device, monkeypatch):
+@pytest.mark.parametrize("gpu_backend", ["triton"], indirect=True)
+def test_triton_adds_in_one_order_at_any_alignment(gpu_backend, device, monkeypatch):
     """T10: its layouts follow the alignment of addresses, so it never gets an address that is no multiple of 16."""
-    if not HAS_GPU:
-        monkeypatch.setitem(backend.DEVICES, "triton", ("cuda", "cpu"))
     launches = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, tensor, *args, **options: launches.append(args))
     inputs, entropy = case(5, 999, device)
     shifted = {n: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for n, t in inputs.items()}
-    ppo_loss(**shifted, entropy=entropy, backend="triton")
+    ppo_loss(**shifted, entropy=entropy, backend=gpu_backend)
     assert all(a.data_ptr() % 16 == 0 for args in launches for a in args if isinstance(a, torch.Tensor))
 
 

@@ -193,11 +193,10 @@ def test_batch_invariance(gpu_backend, device, dtype):
                 assert torch.equal(a[3:4], b)
 
 
+@pytest.mark.parametrize("gpu_backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("vocab", [1001, 2048, 16500])
-def test_triton_adds_in_one_order_in_any_batch(device, monkeypatch, vocab):
+def test_triton_adds_in_one_order_in_any_batch(gpu_backend, device, monkeypatch, vocab):
     """T15: its layouts follow which integers are multiples of 16; those of a single row are those of a batch."""
-    if not HAS_GPU:
-        monkeypatch.setitem(backend.DEVICES, "triton", ("cuda", "cpu"))
     launches = []
 
     def record(kernel, grid, tensor, *args, **options):
@@ -208,7 +207,7 @@ def test_triton_adds_in_one_order_in_any_batch(device, monkeypatch, vocab):
     monkeypatch.setattr(kernels, "launch", record)
     logits, ids, _ = case(8, vocab, torch.float32, device)
     for rows, where in ((logits, ids), (logits[3:4], ids[3:4]), (logits[3].clone(), ids[3])):
-        token_logprobs(rows, where, backend="triton")
+        token_logprobs(rows, where, backend=gpu_backend)
     assert (
         len(launches) == 6 and launches[0] == launches[2] == launches[4] and launches[1] == launches[3] == launches[5]
     )

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from gpus import HAS_GPU
+from loops import LOOPS, reported, tiny_run
 from simulated_cuda import DEVICE, OnDevice, simulated_cuda
 
 from fastrl import checkpoint, resume
 from fastrl.ops import backend
-from fastrl.train import ppo, reward, sft
+from fastrl.train import ppo, sft
+
+# Near 0 by their nature, or (the explained variance) a quotient of such.
+UNSTABLE = ("lr", "kl_k1", "approx_kl", "first_approx_kl", "policy_loss", "explained_variance")
 
 
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [{"prompt": f"{i} say:", "chosen": "a" * (1 + i % 4), "rejected": "b" * 5} for i in range(24)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
-
-
-@pytest.fixture(params=["sft", "sft, full", "reward", "ppo", "ppo, full"])
-def loop(request, data, tmp_path, tiny_policy, tiny_scalar):
-    """(main, configuration) of a few steps."""
-    name, _, full = request.param.partition(", ")
-    common = {"model": str(tiny_policy), "data": str(data), "output": str(tmp_path / "run"), "device": "cuda"}
-    common |= {"lora_rank": 0 if full else 4, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3}
-    if name == "ppo":
-        options = {"reward_model": str(tiny_scalar), "iterations": 2, "minibatch_size": 4, "max_new_tokens": 5}
-        return ppo.main, ppo.PPOConfig(**common, **options, epochs=2, merge_adapter=not full)
-    options = {"max_steps": 3, "holdout": 0.2, "max_length": 64, "save_every": 0}
-    if name == "sft":
-        lines = [json.loads(line) for line in data.read_text().splitlines()]
-        tasks = [json.dumps({"prompt": line["prompt"], "completion": line["chosen"]}) for line in lines]
-        data.write_text("\n".join(tasks) + "\n")
-        return sft.main, sft.SFTConfig(**common, **options, sample_tokens=4, gradient_checkpointing=bool(full))
-    return reward.main, reward.RewardConfig(**common, **options)
+@pytest.fixture(params=LOOPS)
+def loop(request, tmp_path, tiny_policy, tiny_scalar):
+    """(main, configuration) of a few steps on a GPU."""
+    main, cfg = tiny_run(request.param, tmp_path, tiny_policy, tiny_scalar)
+    cfg, adapters = replace(cfg, device="cuda"), cfg.lora_rank > 0
+    if main is ppo.main:
+        return main, replace(cfg, iterations=2, merge_adapter=adapters)
+    cfg = replace(cfg, max_steps=3, save_every=0)
+    return main, replace(cfg, sample_tokens=4, gradient_checkpointing=not adapters) if main is sft.main else cfg
 
 
 @pytest.fixture
@@ -60,22 +47,8 @@ def gpu(request, monkeypatch):
 
 
 def course(folder: str) -> list[dict[str, float]]:
-    """What a run reported, without times and memory, and without what is near 0 by its nature."""
-    unwanted = (
-        "tokens_per_s",
-        "peak_mem_gib",
-        "lr",
-        "kl_k1",
-        "approx_kl",
-        "first_approx_kl",
-        "policy_loss",
-        "explained_variance",
-    )
-    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in line.items() if isinstance(v, float) and k not in unwanted and not k.startswith("time_")}
-        for line in lines
-    ]
+    """The figures of every report that two backends must agree on."""
+    return [{k: v for k, v in line.items() if isinstance(v, float)} for line in reported(folder, UNSTABLE)]
 
 
 @pytest.mark.slow
@@ -93,7 +66,7 @@ def test_the_course_of_a_run_is_that_of_the_references(loop, gpu, dtype, monkeyp
     assert len(courses[0]) == len(courses[1]) > 3
     # In bfloat16 rounding soon decides which token is sampled: until the first update alone.
     tolerance, lines = {"float32": (1e-3, None), "bfloat16": (0.1, 2)}[dtype]
-    for want, got in zip(*(reported[:lines] for reported in courses), strict=True):
+    for want, got in zip(*(figures[:lines] for figures in courses), strict=True):
         assert got == pytest.approx(want, rel=tolerance, abs=tolerance)
 
 

@@ -1,0 +1,39 @@
+"""The three loops on tiny models: what tests of all of them run, and what such a run reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastrl.train import ppo, reward, sft
+
+LOOPS = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
+
+
+def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Callable[[Any], Any], Any]:
+    """(main, configuration) of one of LOOPS, on 24 records that are written into `folder`; LoRA unless it is full."""
+    name, _, full = name.partition(", ")
+    unwanted = {"sft": ("chosen", "rejected"), "reward": ("completion",), "ppo": ()}[name]
+    records = [
+        {"prompt": f"{i} say:", "completion": "x" * (1 + i % 4), "chosen": "a" * (1 + i % 3), "rejected": "b" * 5}
+        for i in range(24)
+    ]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({k: v for k, v in r.items() if k not in unwanted}) + "\n" for r in records))
+    common = {"model": str(policy), "data": str(data), "output": str(folder / "run"), "lora_rank": 0 if full else 4}
+    common |= {"batch_size": 5, "micro_batch_size": 2, "learning_rate": 1e-3}
+    if name == "ppo":
+        options = {"reward_model": str(scalar), "minibatch_size": 3, "max_new_tokens": 5, "epochs": 2}
+        return ppo.main, ppo.PPOConfig(**common, **options)
+    options = {"holdout": 0.2, "max_length": 64, "warmup_steps": 2}
+    module, config = {"sft": (sft, sft.SFTConfig), "reward": (reward, reward.RewardConfig)}[name]
+    return module.main, config(**common, **options)
+
+
+def reported(folder: str, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without times and memory, and without the metrics named."""
+    unwanted = ("tokens_per_s", "peak_mem_gib", *without)
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if k not in unwanted and not k.startswith("time_")} for r in lines]
