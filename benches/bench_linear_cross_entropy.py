@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy, linear
 
+from fastrl.benches import bench_linear_logprobs as heads
 from fastrl.benches.harness import Case, compiled, optional, ours
 from fastrl.ops import linear_cross_entropy
 
@@ -31,12 +32,13 @@ def case(rows, hidden_size, vocab, dtype, wrt, device, quick) -> Case:
         dtype=dtype,
         make=make,
         rows=rows,
-        gate_rows=64,
+        gate_rows=128,  # Liger's CuTe kernel takes multiples of it
         wrt=wrt,
         truth=lambda i: linear_cross_entropy(**i, backend="reference"),
         providers={
             "torch eager": eager,
-            **(compiled(eager) if wrt == TRAINED and not quick else {}),
+            **({} if quick else compiled(eager)),
+            **optional(*heads.TRL_HEAD, trl, "trl chunked head"),
             **({"fastrl reference": lambda i: linear_cross_entropy(**i, backend="reference")} if quick else {}),
             **(gpu_peers() if device == "cuda" else {}),
             **ours("linear_cross_entropy", device, dtype, lambda i, name: linear_cross_entropy(**i, backend=name)),
@@ -50,17 +52,28 @@ def eager(i):
     return cross_entropy(linear(i["hidden"], i["weight"]).float(), i["labels"])
 
 
+def trl(function, i):
+    """The loss of its SFT trainer."""
+    return -heads.trl_head(function, i["hidden"], i["weight"], i["labels"]).mean()
+
+
 def gpu_peers():
+    """Liger's CuTe kernel is Hopper's; it forms the weight's gradient of a frozen head too."""
+
+    def triton(function, i):
+        return heads.liger_head(function, i["hidden"], i["weight"], i["labels"], "mean")
+
     def peer(function, i):
         return function(i["hidden"], i["weight"], i["labels"])
 
-    functions = [
-        ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
-        ("cut_cross_entropy", "linear_cross_entropy"),
-        ("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
-        ("quack.linear_cross_entropy", "scaled_exp_linear_cross_entropy"),
-    ]
-    return {name: run for function in functions for name, run in optional(*function, peer).items()}
+    cute = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90", "liger_fused_linear_cross_entropy_sm90"
+    return {
+        **optional(*heads.LIGER_TRITON, triton, "liger triton"),
+        **optional(*cute, peer, "liger cute"),
+        **optional("cut_cross_entropy", "linear_cross_entropy", peer),
+        **optional("quack.linear_cross_entropy", "chunked_linear_cross_entropy", peer),
+        **optional("quack.linear_cross_entropy", "scaled_exp_linear_cross_entropy", peer),
+    }
 
 
 def test_linear_cross_entropy(benchmark, run):

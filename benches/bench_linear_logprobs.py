@@ -1,4 +1,4 @@
-"""linear_logprobs with a frozen head against the whole logits, chunked checkpointing, and the two bare GEMMs."""
+"""linear_logprobs with a frozen head against the whole logits, chunked heads, and the two bare GEMMs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from fastrl.benches.harness import Case, compiled, optional, ours
 from fastrl.ops import linear_logprobs
 
-CHUNK = {"cpu": 256, "cuda": 1024}  # rows of the chunked peer
+TRL_HEAD = "trl.kernels", "ChunkedLogProbFunction"
+LIGER_TRITON = "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"
+CHUNK = {"cpu": 256, "cuda": 1024}  # rows of the chunked peer in plain torch
 FULL = {"cpu": (2048, 576, 49152), "cuda": (8192, 4096, 128256)}
 SMALL = {"cpu": (256, 576, 49152, torch.float32), "cuda": (2048, 576, 49152, torch.bfloat16)}
 
@@ -48,12 +50,13 @@ def case(rows, hidden_size, vocab, dtype, wrt, device, quick, masked=False) -> C
         truth=lambda i: linear_logprobs(**i, backend="reference"),
         providers={
             "torch eager": eager,
-            **(compiled(eager) if dtype == torch.bfloat16 and not (quick or masked) else {}),
+            **({} if quick else compiled(eager)),
             **(
                 {"torch chunked, checkpoint": lambda i: chunked(i, CHUNK[device])}
                 if wrt and dtype == torch.bfloat16 and not masked
                 else {}
             ),
+            **({} if masked else optional(*TRL_HEAD, trl, "trl chunked head")),
             **({"fastrl reference": lambda i: linear_logprobs(**i, backend="reference")} if quick else {}),
             **(gpu_peers() if device == "cuda" and not masked else {}),
             **ours("linear_logprobs", device, dtype, lambda i, backend: linear_logprobs(**i, backend=backend)),
@@ -81,15 +84,37 @@ def chunked(i, size):
     return kept(i, torch.cat([checkpoint(logprobs, h, i["weight"], ids, use_reentrant=False) for h, ids in parts]))
 
 
+def trl(function, i):
+    return trl_head(function, i["hidden"], i["weight"], i["token_ids"])
+
+
+def trl_head(function, hidden, weight, token_ids):
+    """TRL's head (1.15 and newer) as its trainers call it: blocks of 32768 columns, log-probs alone."""
+    return function.apply(hidden, weight, None, token_ids, 1.0, 32768, None, 1.0, ("log_probs",))[0]
+
+
 def gpu_peers():
+    """Liger's kernels by name: its own choice on Hopper is CuTe, installed or not."""
+
     def cce(linear_cross_entropy, i):
         return -linear_cross_entropy(i["hidden"], i["weight"], i["token_ids"], reduction="none")
 
-    def scaled(function, i):
+    def triton(function, i):
+        return -liger_head(function, i["hidden"], i["weight"], i["token_ids"], "none")
+
+    def cute(function, i):
         return -function.apply(i["hidden"], i["weight"], i["token_ids"])
 
-    liger = optional("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction", scaled)
-    return {**liger, **optional("cut_cross_entropy", "linear_cross_entropy", cce)}
+    return {
+        **optional(*LIGER_TRITON, triton, "liger triton"),
+        **optional("liger_kernel.ops.cutedsl.ops", "LigerFusedScaledCrossEntropySM90Function", cute, "liger cute"),
+        **optional("cut_cross_entropy", "linear_cross_entropy", cce),
+    }
+
+
+def liger_head(function, hidden, weight, token_ids, reduction):
+    """No bias, class weights, ignored label, penalty of the log normaliser, label smoothing."""
+    return function.apply(hidden, weight, token_ids, None, None, -100, 0.0, 0.0, reduction)[0]
 
 
 def test_linear_logprobs(benchmark, run):

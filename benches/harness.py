@@ -103,13 +103,13 @@ def forget_compiled(case: Case) -> None:
         torch.compiler.reset()
 
 
-def optional(module: str, name: str, provider: Callable[[Any, Inputs], Any]) -> dict[str, Provider]:
-    """The provider `provider(module.name, inputs)`, called after the library, where that library is installed."""
+def optional(module: str, name: str, provider: Callable[[Any, Inputs], Any], label: str = "") -> dict[str, Provider]:
+    """The provider `provider(module.name, inputs)` where that can be imported, called `label` or else after it."""
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception:  # noqa: BLE001  absent, of another version, or broken: no peer
         return {}
-    return {f"{module.split('.')[0]} {name}": functools.partial(provider, function)}
+    return {label or f"{module.split('.')[0]} {name}": functools.partial(provider, function)}
 
 
 def ours(op: str, device: str, dtype: torch.dtype, run: Callable[[Inputs, str], Any]) -> dict[str, Provider]:
