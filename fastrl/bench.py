@@ -12,6 +12,7 @@ from pathlib import Path
 
 OPS = (
     "token_logprobs", "linear_logprobs", "linear_cross_entropy", "lora_linear", "gae", "ppo_advantages", "ppo_loss",
+    "ranking_loss",
 )  # fmt: skip
 DESCRIPTION = """
 Checks each op against float64, then times it beside plain torch, torch.compile and the peers that are installed

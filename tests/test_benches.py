@@ -13,6 +13,7 @@ import torch
 
 from fastrl import bench
 from fastrl.benches import bench_train, harness, machine, memory, records, tables
+from fastrl.ops import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = {"read": 10.0, "copy": 10.0, "gemm fp32": 100.0}
@@ -96,6 +97,31 @@ def test_a_provider_that_overwrites_its_inputs_has_its_own(wrt):
     assert all(row["status"] == "ok" and float(row["ms_p50"]) > 0 for row in rows.values())
     first = float(harness.inputs_of(case, case.rows, "cpu")["x"].detach().sum())
     assert seen == {"before": {first}, "after": {first}}
+
+
+def test_every_op_is_measured():
+    assert {*bench.OPS, "lora_linear_group"} == set(backend.NATIVE_BACKENDS)  # groups are in lora_linear's bench
+    assert {path.stem for path in (ROOT / "benches").glob("bench_*.py")} == {
+        f"bench_{op}" for op in (*bench.OPS, "train")
+    }
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_quick_cases_agree_with_float64(op):
+    for case in harness.cases([op], "cpu", quick=True):
+        assert "fastrl cpu" in case.providers
+        for name, provider in case.providers.items():
+            problem, *_ = harness.check(case, provider, "cpu")
+            assert not problem, f"{case.label} {name}: {problem}"
+
+
+def test_an_absent_peer_is_left_out():
+    def peer(function, i):
+        return function(i)
+
+    present = harness.optional("math", "sqrt", peer) | harness.optional("math", "exp", peer, "math e to the x")
+    assert list(present) == ["math sqrt", "math e to the x"] and present["math sqrt"](4.0) == 2.0
+    assert harness.optional("no_such_module", "sqrt", peer) == harness.optional("math", "no_such_name", peer) == {}
 
 
 def test_memory_bound_inputs_leave_the_cache_before_they_return():

@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,6 +166,8 @@ def test_cases_of_the_gpu(monkeypatch):
     for row in (
         "token_logprobs 4096x128256 bf16 fwd",
         "token_logprobs 4096x128256 bf16 fwd+bwd",
+        "token_logprobs 4096x128256 entropy bf16 fwd",
+        "token_logprobs 4096x128256 entropy bf16 fwd+bwd",
         "linear_logprobs 8192x4096x128256 bf16 fwd",
         "linear_logprobs 8192x4096x128256 bf16 fwd+bwd",
         "linear_cross_entropy 8192x4096x128256 trained head bf16 fwd+bwd",
@@ -174,8 +177,44 @@ def test_cases_of_the_gpu(monkeypatch):
         "ppo_advantages 8192x4096 fp32 fwd",
         "ppo_loss 512x2048 fp32 fwd+bwd",
         "ppo_loss 8192x2048 fp32 fwd+bwd",
+        "ranking_loss 4096 in pairs fp32 fwd+bwd",
+        "ranking_loss 2816 in groups of 2 to 9 fp32 fwd+bwd",
     ):
         assert row in labels, row
+
+
+PEERS = {
+    "trl.trainer.utils": ["selective_log_softmax", "selective_log_softmax_and_entropy"],
+    "trl.kernels": ["ChunkedLogProbFunction"],
+    "liger_kernel.ops.cross_entropy": ["LigerCrossEntropyFunction"],
+    "liger_kernel.ops.fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyFunction"],
+    "liger_kernel.ops.cutedsl.ops": ["LigerCrossEntropyFunction", "LigerFusedScaledCrossEntropySM90Function"],
+    "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90": ["liger_fused_linear_cross_entropy_sm90"],
+    "cut_cross_entropy": ["linear_cross_entropy"],
+}
+
+
+@pytest.mark.parametrize("absent", ["", "trl", "liger_kernel", "liger_kernel.ops.cutedsl"])
+def test_peers_of_the_gpu(monkeypatch, absent):
+    """Each library's kernels are rows of their own: Liger's Triton ones need nothing of its CuTe ones."""
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    for module, names in PEERS.items():
+        there = not absent or not f"{module}.".startswith(f"{absent}.")
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**dict.fromkeys(names)) if there else None)
+    expected = {
+        "token_logprobs 4096x128256 bf16 fwd": ["trl selective_log_softmax", "liger triton", "liger cute"],
+        "token_logprobs 4096x128256 entropy bf16 fwd+bwd": ["trl selective_log_softmax_and_entropy"],
+        "linear_logprobs 8192x4096x128256 bf16 fwd+bwd": ["trl chunked head", "liger triton", "liger cute"],
+        "linear_cross_entropy 8192x4096x128256 frozen head bf16 fwd+bwd": ["trl chunked head", "liger cute"],
+        "linear_cross_entropy 8192x4096x128256 trained head bf16 fwd+bwd": ["trl chunked head", "liger triton"],
+    }
+    gone = {"": (), "trl": ("trl",), "liger_kernel": ("liger",), "liger_kernel.ops.cutedsl": ("liger cute",)}[absent]
+    heads = ("token_logprobs", "linear_logprobs", "linear_cross_entropy")
+    providers = {case.label: list(case.providers) for case in harness.cases(heads, "cuda", quick=False)}
+    for label, peers in expected.items():
+        for peer in peers:
+            assert (peer in providers[label]) == (not peer.startswith(gone)), (label, peer)
+    assert all("torch.compile" in names for names in providers.values()) or not harness.compiled(len)
 
 
 def test_events_time_a_gpu(monkeypatch):
