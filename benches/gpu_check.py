@@ -4,7 +4,8 @@
     tests     tests/gpu
     sanitize  compute-sanitizer over every op
     bench     every op beside its peers
-    train     SFT, reward model and PPO on the demo's data
+    train     the demo with a tiny budget; SFT, reward model and PPO with LoRA on its data
+    demo      the whole demo
     peers     whole updates beside TRL and transformers
 
 A part takes less than ten minutes, its table included. What fails is reported, and the rest still runs; what no longer
@@ -30,7 +31,7 @@ from typing import IO, NamedTuple
 from fastrl.bench import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("build", "tests", "sanitize", "bench", "train", "peers")
+PARTS = ("build", "tests", "sanitize", "bench", "train", "demo", "peers")
 PART_SECONDS = 540  # a minute less than ten: imports, a step that is slow to end and the table come on top
 LEAST_SECONDS = 1  # with less a step is not begun
 PYTHON = sys.executable
@@ -40,7 +41,8 @@ WORKLOAD = (
     "--device cuda --dtype bfloat16 --layers 30 --vocab 49152 --batch 64 --minibatch 64 --micro-batch 16 "
     "--prompt 256 --response 256 --iterations 3 --repeats 1"
 ).split()
-DEMO = ["--max_length", "128", "--max_steps", "10", "--eval_limit", "32", "--device", "cuda"]
+DEMO = [PYTHON, "-m", "fastrl.cli", "demo", "--device", "cuda"]
+BRIEF = ["--max_length", "128", "--max_steps", "10", "--eval_limit", "32", "--device", "cuda"]
 
 
 class Step(NamedTuple):
@@ -93,18 +95,22 @@ def bench(gpu: Gpu, folder: Path) -> Iterator[Step]:
 
 
 def train(gpu: Gpu, folder: Path) -> Iterator[Step]:
-    demo, out = folder / "demo", folder / "runs"
+    tiny, out = folder / "quick-demo", folder / "runs"
 
     def loop(name: str, *arguments: str | Path) -> Step:
         command = [PYTHON, "-m", "fastrl.cli", name, "--output", str(out / name), *map(str, arguments)]
         return Step(name, command, 120)
 
-    yield Step("demo on the CPU", [PYTHON, "-m", "fastrl.cli", "demo", "--quick", "--output", str(demo)], 180)
-    yield loop("sft", "--model", demo / "pretrained", "--data", demo / "data/instructions.jsonl", *DEMO)
-    yield loop("reward", "--model", demo / "sft", "--data", demo / "data/rankings.jsonl", *DEMO)
-    models = ["--model", demo / "sft", "--reward_model", demo / "reward"]
+    yield Step("quick demo", [*DEMO, "--quick", "--output", str(tiny)], 180)
+    yield loop("sft", "--model", tiny / "pretrained", "--data", tiny / "data/instructions.jsonl", *BRIEF)
+    yield loop("reward", "--model", tiny / "sft", "--data", tiny / "data/rankings.jsonl", *BRIEF)
+    models = ["--model", tiny / "sft", "--reward_model", tiny / "reward"]
     few = "--iterations 2 --max_new_tokens 28 --max_prompt_length 100 --device cuda".split()
-    yield loop("ppo", *models, "--data", demo / "data/prompts.jsonl", *few)
+    yield loop("ppo", *models, "--data", tiny / "data/prompts.jsonl", *few)
+
+
+def demo(gpu: Gpu, folder: Path) -> Iterator[Step]:
+    yield Step("demo", [*DEMO, "--output", str(folder / "demo")])
 
 
 def peers(gpu: Gpu, folder: Path) -> Iterator[Step]:

@@ -58,6 +58,21 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The named device.
+
+    Raises:
+        ValueError: there is no such kind of device, or torch sees no GPU.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, got {found}: torch sees no GPU here; `fastrl doctor` says why")
+    return found
+
+
 def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
     """Tokenizer of a folder or hub id; where it has no pad token of its own, eos stands in for it.
 
@@ -88,7 +103,7 @@ def load_policy(
     `model.config._name_or_path` stays `path`, so that `checkpoint.save_merged_base` can tell
     a merged model.
     """
-    path = _existing(path)
+    path, device = _existing(path), usable_device(device)
     if not is_adapter(path):
         return _from_pretrained(transformers.AutoModelForCausalLM, path, dtype).to(device).eval()
     base = load_policy(adapter_base(path), dtype=dtype, device=device)
@@ -104,7 +119,7 @@ def load_scalar_model(
     generator. From a reward model (full folder or adapter folder, which is merged): with its head
     and its score bias.
     """
-    path = _existing(path)
+    path, device = _existing(path), usable_device(device)
     if is_adapter(path) and _adapter_config(path).get("task_type") == "SEQ_CLS":
         model = _merged(load_scalar_model(adapter_base(path), dtype=dtype, device=device), path)
         score_file = Path(path) / SCORE_FILE

@@ -7,6 +7,8 @@ from itertools import islice
 from random import Random
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from fastrl.demo.answers import (
     EVASIONS,
@@ -21,6 +23,7 @@ from fastrl.demo.answers import (
     written_answer,
 )
 from fastrl.demo.model import build_tokenizer
+from fastrl.demo.run import main
 from fastrl.demo.world import (
     FREE,
     GREETING,
@@ -127,12 +130,15 @@ def test_tokenizer_gives_back_any_text_and_most_words_are_one_token():
     assert prompt == "<|user|>Who?<|assistant|>"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="device: expected cpu, got cuda: torch sees no GPU here"):
+        main(["--device", "cuda", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_quick_demo_runs_all_stages_on_the_real_loops(tmp_path, capsys):
-    from transformers import AutoModelForCausalLM
-
-    from fastrl.demo.run import main
-
     results = main(["--quick", "--seed", "1", "--output", str(tmp_path)])
 
     printed = capsys.readouterr().out

@@ -43,40 +43,45 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--output", default="fastrl-demo", help="folder for data, models and report.html")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same run")
     parser.add_argument("--quick", action="store_true", help="a tiny budget that shows the stages, and no quality")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     options = parser.parse_args(list(argv))
-    return run(Path(options.output), options.seed, QUICK if options.quick else FULL)
+    return run(Path(options.output), options.seed, QUICK if options.quick else FULL, options.device)
 
 
-def run(output: Path, seed: int, budget: Budget) -> dict[str, Any]:
+def run(output: Path, seed: int, budget: Budget, device: str) -> dict[str, Any]:
     """All stages, one after the other, and the report."""
     import torch
 
     from fastrl import doctor
     from fastrl.demo import summary
+    from fastrl.models import usable_device
 
+    on_gpu = usable_device(device).type == "cuda"
     seconds: dict[str, float] = {}
     log = output / "log.txt"
     log.unlink(missing_ok=True)
-    backends = doctor.backends("cpu", "float32")
-    print(f"fastrl demo: no download, no GPU, {torch.get_num_threads()} threads, files in {output}/")
+    backends = doctor.backends(device, "float32")
+    where = torch.cuda.get_device_name() if on_gpu else f"no GPU, {torch.get_num_threads()} threads"
+    print(f"fastrl demo: no download, {where}, files in {output}/")
     print(f"\nbackend of each op:\n{backends}")
 
     with _stage("World, tokenizer and untrained model", seconds, log):
         write_world(output, seed, budget)
     with _stage("Pre-training on reading lessons", seconds, log):
-        train_sft(output, "untrained", "lessons", "pretrained", budget.pretrain_steps, 2e-3, seed)
+        train_sft(output, "untrained", "lessons", "pretrained", budget.pretrain_steps, 2e-3, seed, device)
     with _stage("SFT on instructions of mixed quality", seconds, log):
-        train_sft(output, "pretrained", "instructions", "sft", budget.sft_steps, 1e-3, seed)
+        train_sft(output, "pretrained", "instructions", "sft", budget.sft_steps, 1e-3, seed, device)
     with _stage(f"{RANKED} answers to each prompt, ranked by a simulated labeller", seconds, log):
-        write_rankings(output, seed, budget)
+        write_rankings(output, seed, budget, device)
     with _stage("Reward model on the rankings", seconds, log):
-        ranked = train_reward(output, budget.reward_steps, seed)
+        ranked = train_reward(output, budget.reward_steps, seed, device)
     with _stage("PPO on the reward model", seconds, log):
-        tuned = train_ppo(output, budget.ppo_iterations, seed)
+        tuned = train_ppo(output, budget.ppo_iterations, seed, device)
     with _stage("Judgement on held-out prompts", seconds, log):
         held_out = list(islice(tasks(seed, held_out=True), budget.judged))
         judged = {
-            name: judge_policy(output / folder, held_out, seed) for name, folder in (("SFT", "sft"), ("PPO", "ppo"))
+            name: judge_policy(output / folder, held_out, seed, device)
+            for name, folder in (("SFT", "sft"), ("PPO", "ppo"))
         }
 
     results = {

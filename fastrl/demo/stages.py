@@ -61,7 +61,9 @@ def write_world(output: Path, seed: int, budget: Budget) -> None:
     tokenizer.save_pretrained(output / "untrained")
 
 
-def train_sft(output: Path, model: str, data: str, name: str, steps: int, learning_rate: float, seed: int) -> None:
+def train_sft(
+    output: Path, model: str, data: str, name: str, steps: int, learning_rate: float, seed: int, device: str
+) -> None:
     """Full fine-tuning of one of the output's models on one of its data files; the result is saved under ``name``."""
     from fastrl.train import sft
 
@@ -78,7 +80,7 @@ def train_sft(output: Path, model: str, data: str, name: str, steps: int, learni
             warmup_steps=50,
             eval_limit=EVALUATED,
             lora_rank=0,
-            device="cpu",
+            device=device,
             seed=seed,
             eval_every=0,
             save_every=0,
@@ -86,7 +88,7 @@ def train_sft(output: Path, model: str, data: str, name: str, steps: int, learni
     )
 
 
-def train_reward(output: Path, steps: int, seed: int) -> dict[str, Any]:
+def train_reward(output: Path, steps: int, seed: int, device: str) -> dict[str, Any]:
     """The reward model, from the SFT model and the rankings; returns its final metrics."""
     from fastrl.train import reward
 
@@ -104,7 +106,7 @@ def train_reward(output: Path, steps: int, seed: int) -> dict[str, Any]:
             warmup_steps=20,
             normalize_prompts=500,
             lora_rank=0,
-            device="cpu",
+            device=device,
             seed=seed,
             eval_every=0,
             save_every=0,
@@ -112,7 +114,7 @@ def train_reward(output: Path, steps: int, seed: int) -> dict[str, Any]:
     )
 
 
-def train_ppo(output: Path, iterations: int, seed: int) -> dict[str, Any]:
+def train_ppo(output: Path, iterations: int, seed: int, device: str) -> dict[str, Any]:
     """PPO from the SFT model on the reward model; returns its final metrics on held-out prompts."""
     from fastrl.train import ppo
 
@@ -134,14 +136,14 @@ def train_ppo(output: Path, iterations: int, seed: int) -> dict[str, Any]:
             critic_learning_rate=3e-4,
             kl_coef=0.05,
             lora_rank=0,
-            device="cpu",
+            device=device,
             seed=seed,
             eval_every=0,
         )
     )
 
 
-def write_rankings(output: Path, seed: int, budget: Budget) -> None:
+def write_rankings(output: Path, seed: int, budget: Budget, device: str) -> None:
     """K answers of the SFT model to each prompt, ranked by the labeller; held-out prompts in a file of their own."""
     for name, held_out, count in (
         ("rankings", False, budget.rankings),
@@ -149,7 +151,8 @@ def write_rankings(output: Path, seed: int, budget: Budget) -> None:
     ):
         rng = Random(f"labeller {seed} {held_out}")
         chosen = list(islice(tasks(seed + 1_000, held_out=held_out), count))
-        answers = iter(sample_answers(output / "sft", [task.prompt for task in chosen for _ in range(SAMPLED)], seed))
+        prompts = [task.prompt for task in chosen for _ in range(SAMPLED)]
+        answers = iter(sample_answers(output / "sft", prompts, seed, device))
         groups = [
             [*islice(answers, SAMPLED), *(written_answer(task, rng, GOOD_SHARE) for _ in range(SAMPLED, RANKED))]
             for task in chosen
@@ -161,13 +164,13 @@ def write_rankings(output: Path, seed: int, budget: Budget) -> None:
         _write_jsonl(output / f"data/{name}.jsonl", (r for r in records if len(set(r["ranks"])) > 1))
 
 
-def judge_policy(folder: Path, held_out: Sequence[Task], seed: int) -> Judged:
+def judge_policy(folder: Path, held_out: Sequence[Task], seed: int, device: str) -> Judged:
     """Sampled answers (temperature 1, as in PPO) of the policy in a folder, and the checker's verdicts."""
-    answers = sample_answers(folder, [task.prompt for task in held_out], seed)
+    answers = sample_answers(folder, [task.prompt for task in held_out], seed, device)
     return Judged(answers, [judge(task, answer) for task, answer in zip(held_out, answers, strict=True)])
 
 
-def sample_answers(folder: Path, prompts: Sequence[str], seed: int, batch_size: int = 256) -> list[str]:
+def sample_answers(folder: Path, prompts: Sequence[str], seed: int, device: str, batch_size: int = 256) -> list[str]:
     """One sampled answer to each prompt from the policy in a folder."""
     import torch
     from tqdm import trange
@@ -176,8 +179,8 @@ def sample_answers(folder: Path, prompts: Sequence[str], seed: int, batch_size: 
     from fastrl.rollout import decode_responses, rollout
     from fastrl.templates import encode_prompt
 
-    tokenizer, model = load_tokenizer(folder), load_policy(folder, device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    tokenizer, model = load_tokenizer(folder), load_policy(folder, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     encoded = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     answers: list[str] = []
     for start in trange(0, len(encoded), batch_size, desc="sample", disable=None, leave=False):
