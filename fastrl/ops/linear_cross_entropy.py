@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, debugging
+from fastrl.checks import check, check_device, debugging
 from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
@@ -64,6 +64,7 @@ def linear_cross_entropy(
     check_head(OP, hidden, weight, labels, "labels", bias, lora, mask, temperature, softcap)
     if isinstance(denominator, torch.Tensor):
         check(denominator.ndim == 0, OP, "denominator", "a number or a 0-d tensor", tuple(denominator.shape))
+        check_device(OP, "denominator", denominator, hidden)
     elif denominator is not None:
         check(denominator > 0, OP, "denominator", "a positive number", denominator)
     keep = labels != IGNORED if mask is None else mask & (labels != IGNORED)
@@ -80,7 +81,7 @@ def linear_cross_entropy(
     multiplies_logits = [tensor for tensor in (weight, bias, lora_b) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in multiplies_logits):
         if isinstance(denominator, torch.Tensor):
-            upstream = -1.0 / denominator.to(hidden.device, torch.float32)
+            upstream = -1.0 / denominator.to(torch.float32)
         else:  # filled on the device: a copy from the host would wait
             upstream = torch.full((), -1.0 / denominator, dtype=torch.float32, device=hidden.device)
         options = (float(scaling), float(temperature), float(softcap or 0.0))

@@ -57,16 +57,17 @@ def _buffers(count, columns, copies, like, may_shrink=False):
     """
     stride = -(-columns // 64) * 64
     in_place = copies > 0 and like.dtype == torch.float32
+    dtypes = [torch.float32] + [like.dtype] * (copies - in_place)
     while True:
+        buffers: list[torch.Tensor] = []
         try:
-            logits = torch.empty(count, stride, dtype=torch.float32, device=like.device)
-            others = [
-                torch.empty(count, stride, dtype=like.dtype, device=like.device) for _ in range(copies - in_place)
-            ]
-            return [buffer[:, :columns] for buffer in [logits] * (1 + in_place) + others]
+            for dtype in dtypes:
+                buffers.append(torch.empty(count, stride, dtype=dtype, device=like.device))
+            return [buffer[:, :columns] for buffer in buffers[:1] * in_place + buffers]
         except torch.OutOfMemoryError as error:
             if not may_shrink or count <= MIN_ROWS:
                 raise torch.OutOfMemoryError(_no_memory(count, columns, copies, like)) from error
+        buffers.clear()  # what was had of them counts in the next attempt
         count = max(MIN_ROWS, count // 2)
 
 

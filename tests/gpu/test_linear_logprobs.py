@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from gpus import HAS_GPU
@@ -258,6 +260,24 @@ def test_short_memory_shrinks_the_chunks(gpu_backend, device, monkeypatch):
         torch.OutOfMemoryError, match="workspace: expected .* for 8 rows of 129 logits, .* smaller batch"
     ):
         results(case, backend=gpu_backend)
+
+
+def test_a_smaller_chunk_finds_all_memory_free(monkeypatch):
+    """Where the logits fit and their gradient does not, the logits are given back before half of both is asked for."""
+    held, empty = [], torch.empty
+
+    def limited(*shape, **options):
+        used = sum(buffer().nbytes for buffer in held if buffer() is not None)
+        if used + shape[0] * shape[1] * options["dtype"].itemsize > 560 << 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        buffer = empty(*shape, **{**options, "device": "meta"})
+        held.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(linear_head_chunks.torch, "empty", limited)
+    like = empty(0, dtype=torch.bfloat16)
+    logits, gradient = linear_head_chunks._buffers(1024, 128256, 1, like, may_shrink=True)
+    assert logits.shape == gradient.shape == (512, 128256)
 
 
 def test_repeatable_and_second_backward(gpu_backend, device):

@@ -206,6 +206,7 @@ def test_bad_input(backend):
         (dict(denominator=0), "denominator"),
         (dict(denominator=float("nan")), "denominator"),
         (dict(denominator=torch.ones(2)), "denominator"),
+        (dict(denominator=torch.ones((), device="meta")), "denominator"),
     ]
     for change, argument in bad:
         arguments = {"hidden": case.hidden, "weight": case.weight, "labels": case.token_ids, **change}

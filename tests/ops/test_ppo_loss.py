@@ -323,6 +323,7 @@ def test_bad_input(backend):
         (dict(denominator=0), "denominator"),
         (dict(denominator=float("nan")), "denominator"),
         (dict(denominator=torch.ones(2)), "denominator"),
+        (dict(denominator=torch.ones((), device="meta")), "denominator"),
     ]
     for change, argument in bad:
         with pytest.raises(ValueError, match=f"ppo_loss: {argument}: expected .*, got"):
