@@ -111,7 +111,7 @@ def _run(op, x, layers, dropout, backend):
         return reference.lora_linear_group(x, layers, dropout, seed)
     tensors: list[torch.Tensor | None] = []
     for weight, lora_a, lora_b, _, bias in layers:
-        tensors += (weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias)
+        tensors += (weight, _in_dtype_of(x, lora_a), _in_dtype_of(x, lora_b), bias)
     scalings = [layer.scaling / (1.0 - dropout) for layer in layers]  # the mask then only selects
     if not torch.is_grad_enabled():
         return _forward(x, seed, dropout, scalings, backend, tensors)[0]
@@ -131,6 +131,10 @@ def _eager_is_faster(x, layers, dropout):
     return all(same_dtype)  # else eager widens x
 
 
+def _in_dtype_of(x, tensor):
+    return tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)  # a call that does nothing costs 0.4 us
+
+
 def _cast_base(layer, dtype):
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return layer._replace(weight=layer.weight.to(dtype), bias=bias)
@@ -139,22 +143,19 @@ def _cast_base(layer, dtype):
 def _check_layer(op, x, layer):
     weight, lora_a, lora_b, scaling, bias = layer
     features = x.shape[-1]
-    check(
-        weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == features,
-        op, "weight", f"shape (O, {features}) with O >= 1", tuple(weight.shape),
-    )  # fmt: skip
-    check(
-        lora_a.ndim == 2 and lora_a.shape[0] > 0 and lora_a.shape[1] == features,
-        op, "lora_a", f"shape (r, {features}) with r >= 1", tuple(lora_a.shape),
-    )  # fmt: skip
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != features:
+        check(False, op, "weight", f"shape (O, {features}) with O >= 1", tuple(weight.shape))
+    if lora_a.ndim != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != features:
+        check(False, op, "lora_a", f"shape (r, {features}) with r >= 1", tuple(lora_a.shape))
     check_shape(op, "lora_b", lora_b, (weight.shape[0], lora_a.shape[0]))
-    check(math.isfinite(scaling), op, "scaling", "a finite number", scaling)
-    base = [("weight", weight)]
     if bias is not None:
         check_shape(op, "bias", bias, (weight.shape[0],))
-        base.append(("bias", bias))
-    for name, tensor in base:
-        check(tensor.dtype == x.dtype, op, name, f"the dtype of x, {x.dtype}", tensor.dtype)
+    check(math.isfinite(scaling), op, "scaling", "a finite number", scaling)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            check(False, op, name, f"the dtype of x, {x.dtype}", tensor.dtype)
         check_device(op, name, tensor, x)
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         check_float(op, name, tensor)

@@ -24,7 +24,7 @@ def forward(rows, seed, dropout, scalings, backend, weights, lora_as, lora_bs, b
         _down(backend, _with_rows(rows), lora_a, seed, dropout, down)
     outputs = []
     for part, weight, lora_b, bias, scaling in zip(
-        down.split([len(a) for a in lora_as], 1), weights, lora_bs, biases, scalings, strict=True
+        _parts(down, [len(a) for a in lora_as], 1), weights, lora_bs, biases, scalings, strict=True
     ):
         y = rows.new_empty(len(rows), len(weight))
         start, keep_start = (y, 0) if bias is None else (bias, 1)
@@ -39,9 +39,9 @@ def backward(
     """(dx, gradients of lora_as, gradients of lora_bs)"""
     ranks = [len(a) for a in lora_as]
     ddown = torch.empty_like(down) if needs_dx or needs_a else None
-    ddowns = [None] * len(ranks) if ddown is None else ddown.split(ranks, 1)
+    ddowns = [None] * len(ranks) if ddown is None else _parts(ddown, ranks, 1)
     dlora_bs = [b.new_empty(b.shape) if needed else None for b, needed in zip(lora_bs, needs_b, strict=True)]
-    for i, part in enumerate(down.split(ranks, 1)):
+    for i, part in enumerate(_parts(down, ranks, 1)):
         if ddowns[i] is not None or dlora_bs[i] is not None:
             lora_b = lora_bs[i].contiguous()
             _up_backward(backend, dys[i].contiguous(), part, lora_b, scalings[i], ddowns[i], dlora_bs[i])
@@ -49,7 +49,7 @@ def backward(
     if needs_a:
         dlora_a = rows.new_empty(sum(ranks), rows.shape[1])
         _down_backward(backend, ddown, _with_rows(rows), seed, dropout, dlora_a)
-        dlora_as = dlora_a.split(ranks)
+        dlora_as = _parts(dlora_a, ranks, 0)
     dx = None
     if needs_dx:
         dx = _adapter_input_gradient(backend, ddown, _stacked(lora_as), seed, dropout)
@@ -69,6 +69,10 @@ def _adapter_input_gradient(backend, ddown, lora_a, seed, dropout):
 
 def _stacked(matrices):
     return matrices[0].contiguous() if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _parts(matrix, sizes, dim):
+    return [matrix] if len(sizes) == 1 else matrix.split(sizes, dim)  # a split into one part costs 2.5 us
 
 
 def _with_rows(matrix):
