@@ -204,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("data"), py::arg("bytes"), "Asks for huge pages under a fresh large buffer.");
 #ifdef FASTRL_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.attr("cuda_architectures") = FASTRL_CUDA_ARCHITECTURES;  // as CMake names them
   m.def("cuda_runtime_version", &cuda::runtime_version,
         "Version of the linked cudart, 13000 = 13.0.");
   m.def("cuda_driver_version", &cuda::driver_version, "Version of the driver; 0 if there is none.");

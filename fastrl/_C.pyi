@@ -3,6 +3,7 @@
 Rows = tuple[int, int, int, int, int]  # address, dtype code, inner, outer stride, inner stride
 
 has_cuda: bool
+cuda_architectures: str
 
 class cuda:
     """The submodule of the CUDA kernels; absent from a module that was built without CUDA."""

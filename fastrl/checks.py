@@ -70,6 +70,11 @@ def check_data(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, .
     check_device(op, argument, tensor, like)
 
 
+def capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which no value of a tensor can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def debugging() -> bool:
     """Whether FASTRL_DEBUG=1 asks for the checks that have to wait for a GPU: token ids in range."""
     return os.environ.get("FASTRL_DEBUG", "") not in ("", "0")

@@ -104,11 +104,8 @@ def cuda() -> list[tuple[str, str]]:
         return rows
     if backend.cuda is None:
         return [*rows, ("native CUDA part", "not built (no nvcc, or FASTRL_CUDA=off)")]
-    return [
-        *rows,
-        ("native CUDA part", f"built with CUDA {backend.dotted(backend._C.cuda_runtime_version())}"),
-        *_driver(),
-    ]
+    built = f"built with CUDA {backend.dotted(backend._C.cuda_runtime_version())} for {backend._C.cuda_architectures}"
+    return [*rows, ("native CUDA part", built), *_driver()]
 
 
 def _gpu(number: int) -> str:

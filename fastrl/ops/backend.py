@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,10 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     if device.type == "cuda" and compute_capability(device.index) < OLDEST_GPU:
         major, minor = compute_capability(device.index)
         return f"the GPU has compute capability {major}.{minor}; the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
-    if backend == "cuda" and device.type == "cuda" and driver_problem():
-        return driver_problem()
+    if backend == "cuda" and device.type == "cuda":
+        problem = driver_problem() or build_problem(compute_capability(device.index))
+        if problem:
+            return problem
     if dtype not in DTYPE_CODES:
         return f"dtype {dtype} (native kernels take float32, bfloat16, float16)"
     return ""
@@ -101,6 +104,36 @@ def _driver_problem() -> str:
         f"the driver supports CUDA up to {offers}, the kernels were built with CUDA {needs}; "
         f"update the driver, or build fastrl with nvcc {offers} or older"
     )
+
+
+@torch.compiler.assume_constant_result
+def build_problem(capability: tuple[int, int]) -> str:
+    """Why a GPU cannot run the CUDA kernels as they were built; empty if it can. `cuda` must be there."""
+    return _build_problem(capability)
+
+
+@functools.cache
+def _build_problem(capability: tuple[int, int]) -> str:
+    built, (major, minor) = _C.cuda_architectures, capability
+    if any(_has_code(name, capability) for name in built.split(",")):
+        return ""
+    return (
+        f"fastrl._C was built for CUDA architectures {built} alone, the GPU has compute capability {major}.{minor}; "
+        f"build with FASTRL_CUDA_ARCHITECTURES={major}{minor}-real, or without that variable"
+    )
+
+
+def _has_code(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what nvcc makes for an architecture in CMake's words: 80-real, 90a-real, 100, 100-virtual."""
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if match is None:  # native, all, all-major
+        return True
+    built, letter = (int(match[1]), int(match[2])), match[3]
+    if letter == "a":
+        return built == capability
+    # Machine code runs on later minor versions, PTX on anything later.
+    same_major = letter == "f" or match[4] == "-real"
+    return built <= capability and (built[0] == capability[0] or not same_major)
 
 
 def dotted(version: int) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastrl.checks import debugging
+from fastrl.checks import capturing, debugging
 from fastrl.ops.backend import address, launch_cuda, rows, triton_kernel
 from fastrl.ops.linear_head_chunks import (
     MIN_ROWS,
@@ -140,7 +140,7 @@ def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, din
 def _select(hidden, token_ids, mask, head, lora_a, scaling) -> tuple[torch.Tensor | None, Rows]:
     """The indices of the kept rows, None if no row is left out, and the rows that are multiplied."""
     kept = None
-    if mask is not None and _capturing(hidden):
+    if mask is not None and capturing(hidden):
         hidden = _where(mask[:, None], hidden)
     elif mask is not None:
         kept = mask.nonzero()[:, 0]  # waits for the GPU
@@ -150,10 +150,6 @@ def _select(hidden, token_ids, mask, head, lora_a, scaling) -> tuple[torch.Tenso
             hidden, token_ids = hidden.index_select(0, kept), token_ids.index_select(0, kept)
         mask = None
     return kept, Rows(hidden, _inputs(head, hidden, lora_a, scaling), token_ids, mask)
-
-
-def _capturing(tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _where(mask, tensor):

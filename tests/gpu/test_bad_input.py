@@ -19,12 +19,16 @@ GPU = torch.device("cuda", 0)
 def hopper(monkeypatch):
     """A machine with a GPU as far as dispatch can see: native kernels and a driver for them."""
     native = SimpleNamespace(cuda_driver_version=lambda: 13000, cuda_runtime_version=lambda: 13000)
+    native.cuda_architectures = "80-real,86-real,89-real,90a-real,100"
     monkeypatch.setattr(backend, "cuda", object())
     monkeypatch.setattr(backend, "_C", native)
     monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
-    backend._driver_problem.cache_clear()
+    caches = backend._driver_problem, backend._build_problem
+    for cached in caches:
+        cached.cache_clear()
     yield native
-    backend._driver_problem.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
@@ -69,6 +73,33 @@ def test_an_old_driver_is_named(hopper):
     reason = backend.why_not("cuda", "lora_linear", GPU, torch.float32)
     assert reason.startswith("the driver supports CUDA up to 12.8, the kernels were built with CUDA 13.0;")
     assert "update the driver" in reason
+
+
+@pytest.mark.parametrize(
+    ("built", "runs", "does_not"),
+    [
+        ("80-real", [(8, 0), (8, 6), (8, 9)], [(9, 0), (12, 0)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
+        ("80", [(8, 0), (9, 0), (12, 1)], []),
+        ("90-virtual", [(9, 0), (10, 0)], [(8, 9)]),
+        ("100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("80-real,86-real,89-real,90a-real,100", [(8, 0), (8, 7), (9, 0), (10, 0), (12, 0)], []),
+        ("native", [(8, 0), (9, 0)], []),
+    ],
+)
+def test_a_gpu_that_was_not_built_for_is_named(hopper, built, runs, does_not):
+    hopper.cuda_architectures = built
+    assert not any(backend.build_problem(capability) for capability in runs)
+    for major, minor in does_not:
+        problem = backend.build_problem((major, minor))
+        assert f"built for CUDA architectures {built} alone, the GPU has compute capability {major}.{minor}" in problem
+
+
+def test_a_build_for_another_gpu_leaves_the_others_to_triton(hopper):
+    hopper.cuda_architectures = "80-real"
+    assert "FASTRL_CUDA_ARCHITECTURES=90-real" in backend.why_not("cuda", "gae", GPU, torch.float32)
+    assert backend.choose_for("gae", GPU, torch.float32) == ("triton" if backend.HAS_TRITON else "reference")
 
 
 def test_float64_goes_to_the_reference(hopper):

@@ -16,6 +16,7 @@ def machine(monkeypatch):
     """A GPU, its driver and a native module built with CUDA 13.0, all made up."""
     made_up = SimpleNamespace(driver=13000, count=1, probe="no error", capability=(9, 0))
     native = SimpleNamespace(
+        cuda_architectures="80-real,90a-real",
         cuda_runtime_version=lambda: 13000,
         cuda_driver_version=lambda: made_up.driver,
         cuda_device_count=lambda: made_up.count,
@@ -43,7 +44,7 @@ def report() -> str:
 
 def test_all_well(machine):
     assert "GPU X, 80 GiB, compute capability 9.0\n" in report()
-    assert report().endswith("runs") and "built with CUDA 13.0" in report()
+    assert report().endswith("runs") and "built with CUDA 13.0 for 80-real,90a-real\n" in report()
 
 
 def test_an_old_driver(machine):

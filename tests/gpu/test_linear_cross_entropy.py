@@ -88,7 +88,7 @@ def test_equals_torch(gpu_backend, device):
 def test_dropped_positions_may_hold_anything(gpu_backend, device, monkeypatch, captured):
     """T8, T20, pitfall 9: NaN in hidden where the mask or label -100 drops; zero gradient there."""
     small_chunks(monkeypatch, rows=4, columns=64)
-    monkeypatch.setattr(linear_head_gpu, "_capturing", lambda tensor: captured)
+    monkeypatch.setattr(linear_head_gpu, "capturing", lambda tensor: captured)
     case = case_with_ignored(device, bias=True, lora=True)
     case.bias[7] = -torch.inf
     mask = torch.arange(9, device=device) % 3 != 1

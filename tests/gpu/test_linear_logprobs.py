@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastrl.ops import linear_head_chunks, linear_head_gpu, linear_logprobs
+from fastrl.reference import token_logprobs
 
 HEADS = {"plain": {}, "bias": {"bias": True}, "lora": {"lora": True}, "bias and lora": {"bias": True, "lora": True}}
 
@@ -77,7 +78,7 @@ def test_masked_positions_may_hold_anything(gpu_backend, device, monkeypatch, po
     want = results(case, mask=mask, backend="reference")
     case.hidden[~mask] = poison
     case.token_ids[~mask] = -100
-    monkeypatch.setattr(linear_head_gpu, "_capturing", lambda tensor: captured)
+    monkeypatch.setattr(linear_head_gpu, "capturing", lambda tensor: captured)
     found = results(case, mask=mask, backend=gpu_backend)
     assert (found["logprobs"][~mask] == 0).all() and (found["hidden"][~mask] == 0).all()
     for name, value in found.items():
@@ -109,7 +110,7 @@ def test_products_and_waits(gpu_backend, device, monkeypatch, captured):
     """Only kept rows reach the head, no weight gradient is formed for a frozen one, and the host waits for nothing but
     the number of kept rows; in a graph capture not even for that.
     """
-    monkeypatch.setattr(linear_head_gpu, "_capturing", lambda tensor: captured)
+    monkeypatch.setattr(linear_head_gpu, "capturing", lambda tensor: captured)
     case = on(head_case(rows=40, vocab=300, width=16), device)
     mask = torch.arange(40, device=device) < 10
     hidden, rows = case.hidden.requires_grad_(), 40 if captured else 10
@@ -124,6 +125,18 @@ def test_products_and_waits(gpu_backend, device, monkeypatch, captured):
     with Calls() as calls:
         linear_logprobs(hidden, weight, case.token_ids, backend=gpu_backend).sum().backward()
     assert calls.products == [(40, 16, 300), (40, 300, 16), (40, 16, 300), (300, 40, 16)] and calls.waits == 0
+
+
+def test_debugging_asks_for_no_value_in_a_capture(gpu_backend, device, monkeypatch):
+    """FASTRL_DEBUG=1 while a graph is captured: a bad id makes its row NaN, as without it."""
+    monkeypatch.setenv("FASTRL_DEBUG", "1")
+    for module in (linear_head_gpu, token_logprobs):
+        monkeypatch.setattr(module, "capturing", lambda tensor: True)
+    case = on(head_case(rows=4), device)
+    case.token_ids[1] = 129
+    with Calls() as calls, torch.no_grad():
+        logprobs = linear_logprobs(case.hidden, case.weight, case.token_ids, backend=gpu_backend)
+    assert logprobs.isnan().tolist() == [False, True, False, False] and calls.waits == 0
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -298,7 +311,7 @@ def test_repeatable_and_second_backward(gpu_backend, device):
 
 
 def test_autocast_and_checkpoint(gpu_backend, device):
-    """Pitfall 22: float32 parameters under autocast; activation checkpointing recomputes the same bits."""
+    """T22, T23: float32 parameters under autocast; activation checkpointing recomputes the same bits."""
     case = on(head_case(rows=7, lora=True), device)
     options = dict(backend=gpu_backend, temperature=0.8)
     with torch.autocast(device.type, torch.float16):

@@ -39,6 +39,7 @@ def gpu(request, monkeypatch):
         return nullcontext
     monkeypatch.setattr(backend, "cuda", request.getfixturevalue("host_cuda_kernels"))
     monkeypatch.setattr(backend, "driver_problem", lambda: "")
+    monkeypatch.setattr(backend, "build_problem", lambda capability: "")
     monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
     monkeypatch.setattr(backend, "raw_stream", lambda index: 0)
     for module, name in ((checkpoint, "_write"), (resume.Run, "save")):  # files want real tensors
