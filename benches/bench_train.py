@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,8 +37,16 @@ PEERS = {  # task -> (provider, program, its argument), baseline first
         ("fastrl loop", OURS, "ppo-lora"),
     ],
     "PPO update, full": [("trl", TRL, "ppo-full"), ("fastrl loop", OURS, "ppo-full")],
-    "SFT step, LoRA": [("transformers + peft", PLAIN, "sft-lora"), ("fastrl loop", OURS, "sft-lora")],
-    "SFT step, full": [("transformers", PLAIN, "sft-full"), ("fastrl loop", OURS, "sft-full")],
+    "SFT step, LoRA": [
+        ("transformers + peft", PLAIN, "sft-lora"),
+        ("transformers + peft + liger", PLAIN, "sft-lora-liger"),
+        ("fastrl loop", OURS, "sft-lora"),
+    ],
+    "SFT step, full": [
+        ("transformers", PLAIN, "sft-full"),
+        ("transformers + liger", PLAIN, "sft-full-liger"),
+        ("fastrl loop", OURS, "sft-full"),
+    ],
 }
 
 
@@ -69,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[records.Row]:
     """One row per peer of `task`; the first that works is the baseline."""
-    peers = [peer for peer in PEERS[task] if peer[1] != TRL or args.trl_python]
+    peers = [peer for peer in PEERS[task] if is_here(peer, settings, args)]
     reports, failures = run_in_turn(task, peers, folder, settings, args)
     environment = machine.environment(settings.device)
     if settings.device == "cpu":
@@ -89,6 +98,14 @@ def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespac
             row |= figures(reports[provider], reports[baseline], tokens)
         rows.append(row)
     return rows
+
+
+def is_here(peer: tuple[str, str, str], settings: Settings, args: argparse.Namespace) -> bool:
+    """Whether the libraries of a peer are; Liger's kernels are for GPUs."""
+    _, program, argument = peer
+    if argument.endswith("-liger"):
+        return settings.device == "cuda" and find_spec("liger_kernel") is not None
+    return program != TRL or bool(args.trl_python)
 
 
 def run_in_turn(

@@ -1,6 +1,8 @@
 """SFT steps as transformers and PEFT do them (and TRL's SFTTrainer through them); run by bench_train.py.
 
-python -m fastrl.benches.train_transformers WORKLOAD sft-lora|sft-full
+python -m fastrl.benches.train_transformers WORKLOAD sft-lora|sft-full|sft-lora-liger|sft-full-liger
+
+-liger: with Liger's kernels in place of the model's own norms, rotary embedding, MLP and loss; on a GPU.
 """
 
 from __future__ import annotations
@@ -33,9 +35,13 @@ def main(folder: Path, task: str) -> None:
     torch.set_num_threads(settings.threads)
     transformers.set_seed(settings.seed)
     imported = peak_mib(settings.device)
+    if task.endswith("-liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=getattr(torch, settings.dtype))
     model.to(settings.device)
-    if task == "sft-lora":
+    if task.startswith("sft-lora"):
         rank = settings.lora_rank
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     model.train()
@@ -45,17 +51,17 @@ def main(folder: Path, task: str) -> None:
     seconds, losses = [], []
     for _ in range(settings.iterations + 1):
         start = clock(settings.device)
-        loss = 0.0
+        loss = torch.zeros((), device=settings.device)
         for batch in batches(prompts, responses, settings.micro_batch):
             ids, mask, labels = (tensor.to(settings.device) for tensor in batch)
             part = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
             part.backward()
-            loss += float(part.detach())
+            loss += part.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(clock(settings.device) - start)
-        losses.append(loss)
+        losses.append(float(loss))
     peak = peak_mib(settings.device)
     report = {"seconds": seconds[1:], "peak_mib": peak, "imported_mib": imported, "check": {"loss": losses[0]}}
     print("\n" + json.dumps(report))

@@ -13,6 +13,7 @@ import torch
 
 from fastrl import bench
 from fastrl.benches import bench_train, harness, machine, memory, records, tables
+from fastrl.benches.train_workload import Settings
 from fastrl.ops import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +225,15 @@ def test_peers_must_agree_before_their_times_count():
     expected = {"surprisal": 100.0, "score": 0.5}
     assert bench_train.disagreement({"surprisal": 100.0, "score": 0.5}, expected) == 0
     assert bench_train.disagreement({"surprisal": 101.0, "score": 0.5}, expected) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("device, there, expected", [("cuda", True, 3), ("cuda", False, 2), ("cpu", True, 2)])
+def test_liger_joins_on_a_gpu_where_it_is_installed(monkeypatch, device, there, expected):
+    monkeypatch.setattr(bench_train, "find_spec", lambda name: object() if there else None)
+    args = bench_train.parse(["--device", device])
+    for task in ("SFT step, LoRA", "SFT step, full"):
+        peers = [p for p in bench_train.PEERS[task] if bench_train.is_here(p, Settings(device=device), args)]
+        assert len(peers) == expected
 
 
 def test_a_peer_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
