@@ -17,6 +17,7 @@ import torch
 import fastrl
 from fastrl.ops.backend import _C, cuda
 
+PEERS = ("transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")  # what may be beside it
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,6 +50,7 @@ def environment(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": cuda_versions() if device != "cpu" else "",
+        "peers": ", ".join(f"{name} {_version(name)}" for name in PEERS if _version(name)),
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("FASTRL_COMMIT", ""),
         "dirty": "" if changes is None else "yes" if changes else "no",

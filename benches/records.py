@@ -9,7 +9,7 @@ KEY = ("op", "shape", "dtype", "direction", "provider", "device", "threads")
 COLUMNS = (
     *KEY, "status", "ms_p20", "ms_p50", "ms_p80", "baseline", "speedup", "rate", "unit", "ceiling", "percent",
     "peak_extra_mib", "peak_mib", "error", "grad_error", "isa", "fastrl", "torch", "triton", "python", "commit",
-    "dirty", "date", "cuda",
+    "dirty", "date", "cuda", "peers",
 )  # fmt: skip
 SHOWN = {
     "provider": "provider", "ms_p50": "ms", "ms_p20": "p20", "ms_p80": "p80", "speedup": "speed-up", "rate": "rate",
