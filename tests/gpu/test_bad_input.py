@@ -9,6 +9,7 @@ import torch
 from conformance.calls import Call, all_calls, evaluate, label
 from gpus import HAS_GPU
 
+from fastrl.kernels.launch import launch
 from fastrl.ops import backend
 
 REFERENCE = all_calls(backends=("reference",))
@@ -106,9 +107,20 @@ def test_float64_goes_to_the_reference(hopper):
     assert backend.choose_for("lora_linear", GPU, torch.float64) == "reference"
 
 
+def launch_cuda(monkeypatch, tensor, kernel):
+    monkeypatch.setattr(backend, "raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(backend, "cuda", SimpleNamespace(kernel=kernel))
+    backend.launch_cuda("kernel", tensor, 5)
+
+
+def launch_triton(monkeypatch, tensor, kernel):
+    launch({(3,): kernel}, (3,), tensor, 5, 100 + tensor.device.index)  # Triton takes the current device's stream
+
+
 @pytest.mark.skipif(HAS_GPU, reason="the device guard is mocked")
+@pytest.mark.parametrize("launcher", [launch_cuda, launch_triton])
 @pytest.mark.parametrize("index", [0, 1])
-def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch, index):
+def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch, index, launcher):
     """T29: the tensor's device, whichever is current; torch's current stream there."""
     current = [0]
 
@@ -125,7 +137,6 @@ def test_launches_on_the_device_and_stream_of_the_tensor(monkeypatch, index):
     seen = []
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    monkeypatch.setattr(backend, "raw_stream", lambda index: 100 + index)
-    monkeypatch.setattr(backend, "cuda", SimpleNamespace(kernel=lambda *args: seen.append((current[-1], args))))
-    backend.launch_cuda("kernel", SimpleNamespace(device=torch.device("cuda", index)), 5)
+    tensor = SimpleNamespace(device=torch.device("cuda", index))
+    launcher(monkeypatch, tensor, lambda *args: seen.append((current[-1], args)))
     assert seen == [(index, (5, 100 + index))] and current == [0]

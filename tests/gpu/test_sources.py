@@ -30,6 +30,15 @@ def test_nothing_is_tuned_at_run_time(path):
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_no_block_is_as_large_as_the_vocabulary(path):
+    """A block of next_power_of_2(vocabulary) spills its registers and is compiled anew for every size: blocks are
+    constants, only ranks are rounded up.
+    """
+    text = path.read_text()
+    assert set(re.findall(r"next_power_of_2\((.*?)\)", text)) <= {"rank"} and "bit_length" not in text
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_sums_have_a_fixed_order(path):
     """T15, pitfall 44: an atomic sum of floats depends on who comes first."""
     assert "atomicAdd" not in path.read_text() and "atomic_add" not in path.read_text()
