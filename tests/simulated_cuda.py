@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 DEVICE = torch.device("cuda:0")
+WIDE_PRODUCTS = (torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out)
 MOVES = ("aten::_to_copy", "aten::copy_")
 TAKE_INDICES_FROM_ANYWHERE = ("aten::index", "aten::index_put", "aten::index_put_")
 
@@ -89,7 +90,7 @@ def _run(func, args, kwargs):
     values, options = tree_unflatten([x.value if isinstance(x, OnDevice) else x for x in flat[0]], flat[1])
     if options.get("device") is not None:
         options["device"] = torch.device("cpu")
-    result = _wide_product(values, options) if func is torch.ops.aten.mm.dtype_out else func(*values, **options)
+    result = _wide_product(values, options) if func in WIDE_PRODUCTS else func(*values, **options)
     if not on_device:
         return result
     result = tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, result)
@@ -97,9 +98,9 @@ def _run(func, args, kwargs):
 
 
 def _wide_product(values, options):
-    """torch.mm(a, b, out_dtype=torch.float32, out=out), which torch has on GPUs alone."""
+    """torch.mm(a, b, out_dtype=torch.float32), perhaps with `out`, which torch has on GPUs alone."""
     a, b, dtype = values
-    return torch.mm(a.to(dtype), b.to(dtype), out=options["out"])
+    return torch.mm(a.to(dtype), b.to(dtype), **options)
 
 
 class _Dispatch(TorchDispatchMode):

@@ -1,0 +1,67 @@
+"""The host waits for the GPU where that is documented and nowhere else; test_device.py asks a real one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conformance.calls import Call, all_calls, evaluate, label, moved
+from gpu.waits import Waits, allowed
+from gpus import HAS_GPU
+from simulated_cuda import simulated_cuda
+
+from fastrl.ops import backend
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="of the simulated device")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Counts inside of the simulated device, whose kernels are those compiled for the host."""
+    counter = Waits()
+    counter.of_methods(monkeypatch)
+    with simulated_cuda(monkeypatch), counter:
+        yield counter
+
+
+@pytest.mark.parametrize("call", all_calls(batch=4, tokens=9, backends=("cuda",)), ids=label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_hot_path_never_waits(call: Call, dtype, host_cuda_kernels, waits, monkeypatch):
+    """No .item(), no copy from or to the host, forward and backward, beyond what waits.py allows."""
+    monkeypatch.setattr(backend, "cuda", host_cuda_kernels)
+    for problem in ("driver_problem", "build_problem"):
+        monkeypatch.setattr(backend, problem, lambda *args: "")
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backend, "raw_stream", lambda index: 0)
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in call.tensors.items()}
+    tensors = moved(tensors, "cuda")
+    waits.count = 0
+    found = evaluate(call, tensors)
+    assert waits.count <= allowed(call)
+    assert all(value.is_cuda for value in found.values())
+
+
+WAYS = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x.sum()),
+    "bool": lambda x: bool((x > 0).any()),
+    "equal": lambda x: torch.equal(x, x + 0),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "tolist": lambda x: x.tolist(),
+    "nonzero": lambda x: x.nonzero(),
+    "a mask as index": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "from the host": lambda x: torch.ones(3).to("cuda"),
+    "copy_": lambda x: x.copy_(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_wait_is_counted(way, waits):
+    x = torch.arange(3.0, device="cuda")
+    waits.count = 0
+    (x * 2).to(torch.float16).clone()[1:].sum()
+    assert waits.count == 0
+    WAYS[way](x)
+    assert waits.count == 1
