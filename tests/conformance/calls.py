@@ -22,7 +22,9 @@ class Call(NamedTuple):
     leaves: tuple[str, ...] = ()  # get a gradient
     per_token: tuple[str, ...] = ()  # float arguments that may hold anything where the mask drops
     per_row: tuple[str, ...] = ()  # likewise in rows that keep nothing
-    exact: bool = False  # no library product: same bits in every layout and with any number of threads
+    # No library product: same bits in every layout and with any number of threads. Those of Triton's token_logprobs
+    # follow the layout where rows are a multiple of 16 apart, which these are not.
+    exact: bool = False
 
 
 def evaluate(call: Call, tensors: Tensors | None = None) -> Tensors:
@@ -53,12 +55,14 @@ def all_calls(
     vocab: int = 37,
     width: int = 24,
     rank: int = 3,
+    outputs: int = 7,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backends: tuple[str, ...] | None = None,
 ) -> list[Call]:
     """Every op on each of `backends` that it has; by default those for tensors on `device`, `reference` included.
 
+    width, rank, outputs: of the head and of the LoRA layer, which has so many columns of outputs.
     The mask drops slots inside rows and the whole of row 1.
     """
     if backends is None:
@@ -79,10 +83,10 @@ def all_calls(
         "lora_a": normal(rank, width, std=0.3),
         "lora_b": normal(vocab, rank, std=0.3),
     }
-    layer: Tensors = {"x": normal(*shape, width), "weight": normal(7, width, std=0.3), "bias": normal(7)}
-    layer |= {"lora_a": normal(rank, width, std=0.3), "lora_b": normal(7, rank)}
+    layer: Tensors = {"x": normal(*shape, width), "weight": normal(outputs, width, std=0.3), "bias": normal(outputs)}
+    layer |= {"lora_a": normal(rank, width, std=0.3), "lora_b": normal(outputs, rank)}
     sibling: Tensors = {"weight2": normal(5, width, std=0.3), "lora_a2": normal(2, width), "lora_b2": normal(5, 2)}
-    of_layer: Tensors = {"upstream 0": normal(*shape, 7), "upstream 1": normal(*shape, 5)}
+    of_layer: Tensors = {"upstream 0": normal(*shape, outputs), "upstream 1": normal(*shape, 5)}
     rollout: Tensors = {name: -normal(*shape).abs() for name in ("logprobs", "ref_logprobs")}
     rollout |= {"values": normal(*shape), "scores": normal(batch), "mask": mask}
     update: Tensors = {"logprobs": rollout["logprobs"], "values": rollout["values"]}
