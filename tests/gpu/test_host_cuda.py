@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import host_cuda
 import pytest
 import torch
+from gpu import every_op
 from gpus import HAS_GPU
+
+from fastrl.ops import backend
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernels run there, under compute-sanitizer")
 
@@ -40,3 +45,22 @@ def test_every_fault_is_reported(faults, monkeypatch, kernel, right, wrong, bloc
         found = host_cuda.reports(faults)
         assert bool(found) == expected, found
     assert any(report in line and "faults.cu" in line for line in found), found
+
+
+@pytest.mark.slow
+def test_every_op_reaches_every_kernel(host_cuda_kernels, monkeypatch):
+    """What compute-sanitizer watches: all that the module offers, rows on clusters of eight, memory beyond 48 KiB."""
+    called = set()
+
+    def noted(name):
+        function = getattr(host_cuda_kernels, name)
+        return lambda *args: called.add(name) or function(*args)
+
+    offered = {name for name in dir(host_cuda_kernels) if not name.startswith("_") and name != "device"}
+    monkeypatch.setattr(backend, "cuda", SimpleNamespace(**{name: noted(name) for name in offered}))
+    monkeypatch.setitem(backend.DEVICES, "cuda", ("cuda", "cpu"))
+    monkeypatch.setattr(every_op, "SHAPES", [shape for shape in every_op.SHAPES if shape["tokens"] < 1000])  # slow here
+    host_cuda_kernels.device.take_launches()
+    every_op.main("cpu", ("cuda",))
+    assert called == offered
+    assert any(blocks == 8 and shared > 48 << 10 for blocks, shared in host_cuda_kernels.device.take_launches())

@@ -14,6 +14,7 @@ inline void bind_device(pybind11::module_& m) {
     shared_limit = shared;
     has_clusters = clusters;
   });
+  device.def("take_launches", [] { return std::exchange(launches, {}); });
   device.def("set_static_shared", &set_static_shared);
   device.def("allow", &allow);
   device.def("take_reports", &take_reports);

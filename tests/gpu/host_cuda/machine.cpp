@@ -19,6 +19,7 @@ namespace host_cuda {
 
 size_t shared_limit = 227 << 10;
 bool has_clusters = true;
+std::set<std::pair<unsigned, size_t>> launches;
 
 namespace {
 
@@ -213,6 +214,7 @@ void run_cluster(unsigned index, unsigned cluster_size, unsigned threads, size_t
 
 void launch(void (*run)(const void*), const void* kernel, size_t bytes, dim3 grid,
             unsigned cluster_size, dim3 block, size_t shared_bytes) {
+  launches.emplace(cluster_size, shared_bytes);
   machine.run = run;
   machine.kernel = kernel;
   gridDim = grid;

@@ -7,7 +7,9 @@
 #pragma once
 
 #include <cstddef>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct dim3 {
@@ -24,6 +26,9 @@ constexpr int kWarpSize = 32;
 // What the kernels are told of the device; a test may choose.
 extern size_t shared_limit;
 extern bool has_clusters;
+
+// Blocks of a cluster and bytes of dynamic shared memory of a block, of every launch.
+extern std::set<std::pair<unsigned, size_t>> launches;
 
 // Runs `kernel` (of so many bytes) by `run` in every thread of the grid.
 void launch(void (*run)(const void*), const void* kernel, size_t bytes, dim3 grid,
