@@ -1,7 +1,8 @@
 """Triton kernels on rows of logits: log-probs and entropies, and their gradients with respect to the logits.
 
 Forward cuts every row into pieces of a fixed size, one program each, and a second kernel combines the pieces of a row
-in order, so a few long rows fill the GPU as well as many rows do, and a row's bits do not depend on the others.
+in order, so a few long rows fill the GPU as well as many rows do, and a row's bits do not depend on the others; but on
+its address and on the stride of rows, as far as Triton loads rows that begin at 16-byte boundaries in wider pieces.
 The target is kept out of the sums: log p = -log(1 + the others' odds) is exact where p is near 1.
 
 A logit's exponent is d_v = (x_v - offset) * scale with scale = log2(e) / temperature, x_v the (soft-capped) logit and

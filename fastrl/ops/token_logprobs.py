@@ -58,7 +58,8 @@ def token_logprobs(
         ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU that id
             makes its position NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
     Numerics: arithmetic and sums in fp32 with the maximum kept apart (a common offset of the logits costs nothing);
-        the target's gradient is -expm1(log p), exact where p is near 1; a row's bits do not depend on the batch.
+        the target's gradient is -expm1(log p), exact where p is near 1; a row's bits do not depend on the batch (on
+        `triton`: of logits with the same stride of rows and the same alignment).
         The gradient has the dtype of the logits. Differentiable once.
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
     """

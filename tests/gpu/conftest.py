@@ -5,6 +5,8 @@ needed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import host_cuda
 import pytest
 import torch
@@ -14,6 +16,23 @@ from interpreter import amend
 from fastrl.ops import backend
 
 amend()
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """On a machine with a GPU `-m gpu` means all of these tests."""
+    for item in items:
+        if HAS_GPU and item.path.is_relative_to(HERE):
+            item.add_marker("gpu")
+
+
+@pytest.fixture(autouse=True)
+def memory_for_others():
+    """Several workers share a GPU, and torch keeps what a test has freed."""
+    yield
+    if HAS_GPU:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")
