@@ -50,10 +50,13 @@ void check_ranks(const double* ranks, int64_t size) {
 std::vector<int64_t> sorted_by_group_and_rank(const Inputs& x, int64_t size) {
   std::vector<int64_t> order(size);
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+  auto before = [&](int64_t a, int64_t b) {
     if (x.group_ids[a] != x.group_ids[b]) return x.group_ids[a] < x.group_ids[b];
     return x.ranks[a] != x.ranks[b] ? x.ranks[a] < x.ranks[b] : a < b;
-  });
+  };
+  if (!std::is_sorted(order.begin(), order.end(), before)) {  // batches often are
+    std::sort(order.begin(), order.end(), before);
+  }
   return order;
 }
 
@@ -96,27 +99,27 @@ float add_pairs(float s, float m, float center_coef, const float* worse, float* 
   return static_cast<float>(reduce_add_double(ds));
 }
 
-// Mean loss of one group and its gradients, in `dscores` at the answers' own positions.
-GroupSums group_loss(const Inputs& x, const std::vector<int64_t>& order, Span span,
-                     float* dscores) {
-  const int64_t size = span.end - span.begin;
-  std::vector<float> scores(size), gradients(size, 0.0f);
-  for (int64_t i = 0; i < size; ++i) scores[i] = x.scores[order[span.begin + i]];
+// Mean loss of one group and its gradients, in `dscores` at the answers' own positions. `scores`
+// and `gradients` have room for every answer, in order.
+GroupSums group_loss(const Inputs& x, const std::vector<int64_t>& order, Span span, float* scores,
+                     float* gradients, float* dscores) {
+  for (int64_t i = span.begin; i < span.end; ++i) {
+    scores[i] = x.scores[order[i]];
+    gradients[i] = 0.0f;
+  }
   GroupSums sums;
-  int64_t first_worse = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t at = order[span.begin + i];
-    while (first_worse < size && x.ranks[order[span.begin + first_worse]] <= x.ranks[at]) {
-      ++first_worse;
-    }
+  int64_t worse = span.begin;  // the first
+  for (int64_t i = span.begin; i < span.end; ++i) {
+    const int64_t at = order[i];
+    while (worse < span.end && x.ranks[order[worse]] <= x.ranks[at]) ++worse;
+    if (worse == span.end) break;
     gradients[i] += add_pairs(scores[i], x.margins == nullptr ? 0.0f : x.margins[at], x.center_coef,
-                              scores.data() + first_worse, gradients.data() + first_worse,
-                              size - first_worse, sums);
+                              scores + worse, gradients + worse, span.end - worse, sums);
   }
   const double pairs = static_cast<double>(std::max<int64_t>(sums.pairs, 1));
   sums.loss /= pairs;
-  for (int64_t i = 0; i < size; ++i) {
-    dscores[order[span.begin + i]] = static_cast<float>(gradients[i] / pairs);
+  for (int64_t i = span.begin; i < span.end; ++i) {
+    dscores[order[i]] = static_cast<float>(gradients[i] / pairs);
   }
   return sums;
 }
@@ -148,9 +151,10 @@ void ranking_loss(const float* scores, const int64_t* group_ids, const double* r
   const std::vector<int64_t> order = sorted_by_group_and_rank(x, size);
   const std::vector<Span> spans = group_spans(x, order);
   std::vector<GroupSums> parts(spans.size());
+  std::vector<float> in_order(size), gradients(size);
 #pragma omp parallel for num_threads(team(64 * size, threads)) schedule(static)
   for (int64_t g = 0; g < static_cast<int64_t>(spans.size()); ++g) {
-    parts[g] = group_loss(x, order, spans[g], dscores);
+    parts[g] = group_loss(x, order, spans[g], in_order.data(), gradients.data(), dscores);
   }
   GroupSums total;
   int64_t groups = 0;
