@@ -16,7 +16,7 @@ import transformers
 
 from fastrl.export import find_tokenizer
 from fastrl.formats import Message
-from fastrl.models import context_length, load_policy
+from fastrl.models import context_length, default_device, load_policy
 from fastrl.rollout import find_stop_token_ids
 from fastrl.templates import TEMPLATES, encode_prompt
 
@@ -120,6 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     parser.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="further stop token; repeatable")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default=default_device(), help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="same seed and turns, same answers (default: 0)")
     return parser

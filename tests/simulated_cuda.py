@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fastrl.ops import backend
+
 DEVICE = torch.device("cuda:0")
 WIDE_PRODUCTS = (torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out)
 MOVES = ("aten::_to_copy", "aten::copy_")
@@ -131,6 +133,15 @@ class _Functions(TorchFunctionMode):
             if _names_cuda(device):
                 return _Copy.apply(args[0], dtype)
         return func(*args, **kwargs)
+
+
+def use_kernels(monkeypatch, kernels) -> None:
+    """Dispatch takes the simulated device for a GPU that runs `kernels`, the CUDA kernels compiled for the host."""
+    monkeypatch.setattr(backend, "cuda", kernels)
+    for problem in ("driver_problem", "build_problem"):
+        monkeypatch.setattr(backend, problem, lambda *args: "")
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backend, "raw_stream", lambda index: 0)
 
 
 @contextmanager

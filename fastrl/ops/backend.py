@@ -66,11 +66,12 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         return "fastrl._C was built without CUDA (FASTRL_CUDA=on needs nvcc)"
     if device.type not in DEVICES[backend]:
         return f"tensors are on {device.type}"
-    if device.type == "cuda" and compute_capability(device.index) < OLDEST_GPU:
-        major, minor = compute_capability(device.index)
-        return f"the GPU has compute capability {major}.{minor}; the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
-    if backend == "cuda" and device.type == "cuda":
-        problem = driver_problem() or build_problem(compute_capability(device.index))
+    if device.type == "cuda":
+        capability = compute_capability(device.index)
+        if capability < OLDEST_GPU:
+            major, minor = capability
+            return f"the GPU has compute capability {major}.{minor}; the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+        problem = (driver_problem() or build_problem(capability)) if backend == "cuda" else ""
         if problem:
             return problem
     if dtype not in DTYPE_CODES:

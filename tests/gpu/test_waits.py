@@ -7,9 +7,7 @@ import torch
 from conformance.calls import Call, all_calls, evaluate, label, moved
 from gpu.waits import Waits, allowed
 from gpus import HAS_GPU
-from simulated_cuda import simulated_cuda
-
-from fastrl.ops import backend
+from simulated_cuda import simulated_cuda, use_kernels
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="of the simulated device")
 
@@ -27,11 +25,7 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_hot_path_never_waits(call: Call, dtype, host_cuda_kernels, waits, monkeypatch):
     """No .item(), no copy from or to the host, forward and backward, beyond what waits.py allows."""
-    monkeypatch.setattr(backend, "cuda", host_cuda_kernels)
-    for problem in ("driver_problem", "build_problem"):
-        monkeypatch.setattr(backend, problem, lambda *args: "")
-    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
-    monkeypatch.setattr(backend, "raw_stream", lambda index: 0)
+    use_kernels(monkeypatch, host_cuda_kernels)
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in call.tensors.items()}
     tensors = moved(tensors, "cuda")
     waits.count = 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpus import HAS_GPU
 from loops import LOOPS, reported, tiny_run
-from simulated_cuda import DEVICE, OnDevice, simulated_cuda
+from simulated_cuda import DEVICE, OnDevice, simulated_cuda, use_kernels
 
 from fastrl import checkpoint, resume
 from fastrl.ops import backend
@@ -37,11 +37,7 @@ def gpu(request, monkeypatch):
         if backend.cuda is None:
             pytest.skip("fastrl was built without CUDA")
         return nullcontext
-    monkeypatch.setattr(backend, "cuda", request.getfixturevalue("host_cuda_kernels"))
-    monkeypatch.setattr(backend, "driver_problem", lambda: "")
-    monkeypatch.setattr(backend, "build_problem", lambda capability: "")
-    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
-    monkeypatch.setattr(backend, "raw_stream", lambda index: 0)
+    use_kernels(monkeypatch, request.getfixturevalue("host_cuda_kernels"))
     for module, name in ((checkpoint, "_write"), (resume.Run, "save")):  # files want real tensors
         monkeypatch.setattr(module, name, lambda *args: None)
     return lambda: simulated_cuda(monkeypatch)
