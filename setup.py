@@ -15,7 +15,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())
 
 
@@ -37,6 +37,20 @@ def choose_nvcc():
     return nvcc
 
 
+def is_of_another_environment(build_dir, values):
+    """Whether CMake's cache there names a make program, Python or pybind11 other than `values`, or another folder.
+
+    pip builds in an environment that is gone afterwards, and what a cache names of it with it.
+    """
+    try:
+        lines = (build_dir / "CMakeCache.txt").read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    cache = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith(("#", "//")))
+    cached = {name.split(":")[0]: value for name, value in cache.items()}
+    return any(cached.get(name) != value for name, value in values.items())
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         if platform.system() != "Linux":
@@ -45,10 +59,16 @@ class CMakeBuild(build_ext):
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         nvcc = choose_nvcc()
+        environment = {
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        folders = {"CMAKE_HOME_DIRECTORY": str(ROOT / "csrc"), "CMAKE_CACHEFILE_DIR": str(build_dir)}
         configure = [
             "cmake", "-S", str(ROOT / "csrc"), "-B", str(build_dir), "-G", "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *(["--fresh"] if is_of_another_environment(build_dir, environment | folders) else []),
+            *(f"-D{name}={value}" for name, value in environment.items() if value),
             f"-DFASTRL_CUDA={'ON' if nvcc else 'OFF'}",
             *(f"-D{flag}={os.environ.get(flag, 'OFF')}" for flag in ("FASTRL_WERROR", "FASTRL_SANITIZE")),
             f"-DFASTRL_OUTPUT_DIR={target.parent}",

@@ -7,6 +7,7 @@ import os
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -18,13 +19,47 @@ def check(ok: bool, op: str, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
 
 
+def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """A tensor that kernels can take: see `is_plain`."""
+    if not is_plain(tensor):
+        check(False, op, argument, "a strided torch.Tensor that holds its own numbers", _kind(tensor))
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether a tensor is strided numbers in memory that it shows as they are.
+
+    Fake tensors count: theirs go to the registered ops. Sharded, nested, quantised or otherwise wrapped ones do not.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not _is_harmless_subclass(tensor):
+        return False
+    return tensor.layout is torch.strided and not (tensor.is_neg() or tensor.is_nested)  # type: ignore[attr-defined]
+
+
+def _is_harmless_subclass(tensor: object) -> bool:
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    own = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # type: ignore[comparison-overlap]
+    return own or isinstance(tensor, FakeTensor)
+
+
+def _kind(tensor: object) -> str:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:  # type: ignore[attr-defined]
+        return "a nested tensor"
+    if tensor.is_neg():  # type: ignore[attr-defined]
+        return "a negated view (call resolve_neg())"
+    return f"a {tensor.layout} tensor"  # type: ignore[attr-defined]
+
+
 def check_float(op: str, argument: str, tensor: torch.Tensor) -> None:
+    check_plain(op, argument, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         check(False, op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
 
 
 def check_shape(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         check(False, op, argument, f"shape {tuple(shape)}", tuple(tensor.shape))
 
 
@@ -34,6 +69,7 @@ def check_device(op: str, argument: str, tensor: torch.Tensor, like: torch.Tenso
 
 
 def check_ids(op: str, argument: str, ids: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    check_plain(op, argument, ids)
     if ids.dtype not in (torch.int64, torch.int32):
         check(False, op, argument, "int64 or int32", ids.dtype)
     check_shape(op, argument, ids, shape)
@@ -41,12 +77,18 @@ def check_ids(op: str, argument: str, ids: torch.Tensor, shape: tuple[int, ...],
 
 
 def check_mask(
-    op: str, mask: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, name: str = "mask"
+    op: str,
+    mask: torch.Tensor | None,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    name: str = "mask",
+    meaning: str = "keep",
 ) -> None:
     if mask is None:
         return
+    check_plain(op, name, mask)
     if mask.dtype != torch.bool:
-        check(False, op, name, "bool, True = keep", mask.dtype)
+        check(False, op, name, f"bool, True = {meaning}", mask.dtype)
     check_shape(op, name, mask, shape)
     check_device(op, name, mask, like)
 
@@ -102,6 +144,17 @@ def check_data(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, .
 def capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured, in which no value of a tensor can be read."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a value of the tensor can be read here: not in a compiler, a graph capture or under torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or torch._C._are_functorch_transforms_active()
+        or capturing(tensor)
+    )
 
 
 def debugging() -> bool:

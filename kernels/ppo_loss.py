@@ -22,9 +22,9 @@ from fastrl.kernels.maths import (
 BLOCK = 2048
 
 # A block's part: n, then sums of policy, value, entropy, approx_kl, clipped, value_clipped, ratio (as in PPOStats);
-# the greatest ratio; mean and M2 of returns and of returns - values.
+# the greatest ratio; mean and M2 of returns and of returns - values; the sum of kl.
 SUMS = tl.constexpr(8)
-PARTS = 13
+PARTS = 14
 
 
 @triton.jit
@@ -98,6 +98,7 @@ def ppo_blocks_kernel(
     mean, m2 = row_moments(target - value, keep, n)
     tl.store(parts + 11 * blocks, mean)
     tl.store(parts + 12 * blocks, m2)
+    tl.store(parts + 13 * blocks, tl.sum(-bounded, 1))  # log_ratio is 0 where nothing is kept
 
 
 @triton.jit
@@ -129,6 +130,8 @@ def ppo_totals_kernel(
     mean, m2 = total_moments(parts, parts + 9 * blocks, parts + 10 * blocks, blocks, n, BLOCK)
     _, residual_m2 = total_moments(parts, parts + 11 * blocks, parts + 12 * blocks, blocks, n, BLOCK)
     tl.store(stats + 9, explained_variance(residual_m2 / tokens, m2 / tokens, mean).to(tl.float32))
+    kl = sum_parts(parts + 13 * blocks, blocks, 1, BLOCK)
+    tl.store(stats + 10 + tl.arange(0, 1), (kl / tokens).to(tl.float32))
 
 
 def _aligned(tensor):

@@ -41,7 +41,7 @@ struct Gradients {
 
 struct Sums {
   double policy = 0.0, value = 0.0, entropy = 0.0, approx_kl = 0.0, clipped = 0.0,
-         value_clipped = 0.0, ratio = 0.0;
+         value_clipped = 0.0, ratio = 0.0, kl = 0.0;
   float ratio_max = 0.0f;
   Moments returns, residuals;
 
@@ -53,6 +53,7 @@ struct Sums {
     clipped += other.clipped;
     value_clipped += other.value_clipped;
     ratio += other.ratio;
+    kl += other.kl;
     ratio_max = std::max(ratio_max, other.ratio_max);
     returns.add(other.returns);
     residuals.add(other.residuals);
@@ -61,7 +62,7 @@ struct Sums {
 
 // One vector's worth of terms, all 0 on dropped lanes.
 struct Terms {
-  vfloat policy, value, entropy, approx_kl, clipped, value_clipped, ratio;
+  vfloat policy, value, entropy, approx_kl, clipped, value_clipped, ratio, kl;
 };
 
 inline vfloat one_where(vint condition) { return select(condition, broadcast(1.0f)); }
@@ -99,6 +100,7 @@ Terms terms_at(const Inputs& x, const Options& o, const Gradients& g, float scal
   terms.clipped = one_where(is_clipped);
   terms.value_clipped = one_where(value_clipped);
   terms.ratio = select(keep, ratio);
+  terms.kl = -bounded;  // log_ratio is 0 on dropped lanes
   // d(-A r) / d logprob = -A r; the clipped and bounded branches are constant.
   if (g.dlogprobs != nullptr) {
     const vint constant = is_clipped | is_bounded | outside;
@@ -128,6 +130,7 @@ Sums chunk_sums(const Inputs& x, const Options& o, const Gradients& g, float sca
     total.clipped += terms.clipped;
     total.value_clipped += terms.value_clipped;
     total.ratio += terms.ratio;
+    total.kl += terms.kl;
     ratio_max = vmax(ratio_max, terms.ratio);
   });
   Sums sums;
@@ -138,6 +141,7 @@ Sums chunk_sums(const Inputs& x, const Options& o, const Gradients& g, float sca
   sums.clipped = reduce_add_double(total.clipped);
   sums.value_clipped = reduce_add_double(total.value_clipped);
   sums.ratio = reduce_add_double(total.ratio);
+  sums.kl = reduce_add_double(total.kl);
   sums.ratio_max = reduce_max(ratio_max);
   const auto moments =
       moments_of<2>(x.mask + begin, end - begin, [&](int64_t i, auto lanes, vfloat(&v)[2]) {
@@ -163,6 +167,7 @@ void write_stats(const Sums& sums, int64_t tokens, float* stats) {
       sums.ratio / n,
       sums.ratio == sums.ratio ? sums.ratio_max : sums.ratio,  // NaN stays NaN
       explained_variance(sums.residuals.variance(), sums.returns.variance(), sums.returns.mean),
+      sums.kl / n,
   };
   std::copy(std::begin(values), std::end(values), stats);
 }

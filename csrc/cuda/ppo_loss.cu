@@ -22,7 +22,7 @@ constexpr int kChunk = kThreads * kTokens;  // tokens of a block
 constexpr int kCountBlocks = 1024;
 constexpr int kTotalThreads = 512;
 
-enum Sum { kPolicy, kValue, kEntropy, kApproxKl, kClipped, kValueClipped, kRatio, kSums };
+enum Sum { kPolicy, kValue, kEntropy, kApproxKl, kClipped, kValueClipped, kRatio, kKl, kSums };
 using ChunkPart = Part<kSums>;  // moments are of returns and of returns - values
 
 struct Inputs {
@@ -58,7 +58,7 @@ struct Token {
 
 // The terms of one token and their derivatives by logprob and value.
 struct Terms {
-  float policy, value, approx_kl, ratio, dpolicy, dvalue;
+  float policy, value, approx_kl, kl, ratio, dpolicy, dvalue;
   bool clipped, value_clipped;
 };
 
@@ -69,6 +69,7 @@ __host__ __device__ inline Terms terms_of(const Token& t, const Options& o) {
   const bool outside = log_ratio > kMaxLogRatio || log_ratio < -kMaxLogRatio;
   terms.ratio = expf(bounded);
   terms.approx_kl = exp_minus_linear(bounded, terms.ratio);
+  terms.kl = -bounded;
   const float unclipped = -t.advantage * terms.ratio;
   const float clipped = -t.advantage * clamp(terms.ratio, o.ratio_low, o.ratio_high);
   terms.clipped = clipped > unclipped;
@@ -178,6 +179,7 @@ __device__ inline ChunkPart warp_part(const Inputs& x, const Options& o, const G
     sums[kClipped] += terms.clipped ? 1.0f : 0.0f;
     sums[kValueClipped] += terms.value_clipped ? 1.0f : 0.0f;
     sums[kRatio] += terms.ratio;
+    sums[kKl] += terms.kl;
     ratio_max = fmaxf(ratio_max, terms.ratio);
     dlogprob[i] = terms.dpolicy * scale;
     dvalue[i] = terms.dvalue * (o.vf_coef * scale);
@@ -229,10 +231,11 @@ __device__ void write_stats(const ChunkPart& total, double ratio_max, float* sta
   const double n = total.n > 1 ? total.n : 1.0, ratio = total.sums[kRatio];
   stats[0] = static_cast<float>(total.n);
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) stats[1 + k] = static_cast<float>(total.sums[k] / n);
-  stats[1 + kSums] = static_cast<float>(ratio == ratio ? ratio_max : ratio);  // NaN stays NaN
-  stats[2 + kSums] = explained_variance(variance(total.moments[1], total.n),
-                                        variance(total.moments[0], total.n), total.moments[0].mean);
+  for (int k = 0; k < kKl; ++k) stats[1 + k] = static_cast<float>(total.sums[k] / n);
+  stats[8] = static_cast<float>(ratio == ratio ? ratio_max : ratio);  // NaN stays NaN
+  stats[9] = explained_variance(variance(total.moments[1], total.n),
+                                variance(total.moments[0], total.n), total.moments[0].mean);
+  stats[10] = static_cast<float>(total.sums[kKl] / n);
 }
 
 // One block: the parts of all chunks become loss and statistics.

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch  # before _C, so that both share one OpenMP runtime
+from torch._C import _TorchDispatchModeKey as ModeKey
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 try:
     from fastrl import _C
@@ -152,10 +155,10 @@ def choose_for(
 ) -> str:
     """See `choose`; `eager`: plain torch was measured faster at this shape and runs unless a backend is asked for."""
     source = "backend" if backend is not None else "FASTRL_BACKEND"
-    requested = backend if backend is not None else os.environ.get("FASTRL_BACKEND")
-    if requested:
+    requested = backend if backend is not None else os.environ.get("FASTRL_BACKEND") or None
+    if requested is not None:
         return _require(op, requested, source, device, dtype)
-    if eager:
+    if eager or transforming():
         return "reference"
     for candidate in NATIVE_BACKENDS[op]:
         if not why_not(candidate, op, device, dtype):
@@ -163,10 +166,20 @@ def choose_for(
     return "reference"
 
 
+@torch.compiler.assume_constant_result
+def transforming() -> bool:
+    """Whether torch.func (grad, vmap, ...) or forward-mode AD looks into the call: plain torch then, which it knows."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _require(op: str, requested: str, source: str, device: torch.device, dtype: torch.dtype) -> str:
-    if requested not in BACKENDS:
+    if not isinstance(requested, str) or requested not in BACKENDS:
         raise ValueError(f"{op}: {source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
     reason = why_not(requested, op, device, dtype)
+    if not reason and requested != "reference" and transforming():
+        raise ValueError(
+            f"{op}: {source}={requested!r} is not possible under torch.func or forward-mode AD; use 'reference'"
+        )
     if reason:
         able = [b for b in BACKENDS if not why_not(b, op, device, dtype)]
         raise ValueError(f"{op}: {source}={requested!r} is not possible: {reason}; possible here: {', '.join(able)}")
@@ -194,9 +207,10 @@ _LIBRARY = torch.library.Library("fastrl", "DEF")
 def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -> Callable[..., None]:
     """Makes `kernels` (backend -> function) callable in eager mode and under torch.compile.
 
-    `schema` lists the arguments after `str backend`; outputs are preallocated and marked `Tensor(a!)`, nothing is
-    returned, so no shape function is needed. Eager calls go straight to the kernel; while compiling they become the
-    operator torch.ops.fastrl.<name>, which the compiler keeps as one node of the graph.
+    `schema` lists the arguments after `str backend`, first a tensor that the others are like; outputs are preallocated
+    and marked `Tensor(a!)`, nothing is returned, so no shape function is needed. Eager calls go straight to the kernel;
+    while compiling, and of fake tensors, they become the operator torch.ops.fastrl.<name>, which the compiler keeps as
+    one node of the graph.
     """
     _LIBRARY.define(f"{name}(str backend, {schema}) -> ()")
 
@@ -209,12 +223,22 @@ def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -
     operator = getattr(torch.ops.fastrl, name).default
 
     def call(backend: str, *args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _traced(args[0]):
             operator(backend, *args)
         else:
             kernels[backend](*args)
 
     return call
+
+
+def _traced(tensor: torch.Tensor) -> bool:
+    """Whether the call goes to the registered op: a fake tensor, or a mode of torch's that makes fakes or graphs."""
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING_MODES)):
+        return True
+    return type(tensor) is FakeTensor
+
+
+TRACING_MODES = (ModeKey.FAKE, ModeKey.PROXY, ModeKey.FUNCTIONAL)
 
 
 def triton_kernel(op: str, name: str) -> Callable[..., None]:
@@ -248,9 +272,9 @@ def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
     """How C++ addresses the rows of `tensor` (see csrc/rows.h); `has_simple_rows` must hold."""
     code = DTYPE_CODES[tensor.dtype]
     if tensor.ndim == 1:
-        return tensor.data_ptr(), code, 1, 0, 0
+        return _address(tensor), code, 1, 0, 0
     (inner, outer_stride, inner_stride) = _collapse(tensor)  # type: ignore[misc]
-    return tensor.data_ptr(), code, inner, outer_stride, inner_stride
+    return _address(tensor), code, inner, outer_stride, inner_stride
 
 
 def with_simple_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -280,6 +304,8 @@ def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
 
 def as_data(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Detached, contiguous, in that dtype: most tensors are that already, and each of the three calls costs 0.5 us."""
+    if forward_ad._current_level >= 0:
+        tensor = forward_ad.unpack_dual(tensor).primal
     if tensor.dtype == dtype and not tensor.requires_grad and tensor.is_contiguous():
         return tensor
     return tensor.detach().to(dtype).contiguous()
@@ -287,7 +313,22 @@ def as_data(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def address(tensor: torch.Tensor | None) -> int:
     """The address of the first element; 0 stands for an absent tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
+    return 0 if tensor is None else _address(tensor)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    pointer = tensor.data_ptr()
+    if pointer == 0 and tensor.numel() > 0:
+        raise RuntimeError(f"fastrl: expected tensors with memory, got a {type(tensor).__name__} of {tensor.numel()}")
+    return pointer
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast asks for on the tensor's device; None where it asks for none."""
+    device_type = tensor.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 ELEMENTS_PER_THREAD = 1 << 16
@@ -304,7 +345,9 @@ HUGE_PAGES_FROM = 8 << 20  # bytes
 def empty_large(shape: tuple[int, ...] | torch.Size, like: torch.Tensor) -> torch.Tensor:
     """torch.empty with the dtype and device of `like`; a large CPU buffer asks for huge pages."""
     tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if _C is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(tensor) is FakeTensor:
+        return tensor
+    if _C is not None and tensor.device.type == "cpu":
         bytes_ = tensor.numel() * tensor.element_size()
         if bytes_ >= HUGE_PAGES_FROM:
             _C.advise_huge_pages(tensor.data_ptr(), bytes_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.checks import check, check_data, check_mask, check_unit
+from fastrl.checks import check, check_data, check_float, check_mask, check_unit, has_values
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import gae as reference
 from fastrl.reference.masked import compute_dtype
@@ -59,7 +59,7 @@ def gae(
         keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
         decay = gae_lambda if lambdas is None else lambdas
         return reference.gae(rewards, values, keep, gamma, decay, dones, bootstrap)
-    advantages, returns = rewards.new_empty(2, *rewards.shape).unbind()
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     _gae(
         backend, rewards, values, None if mask is None else mask.contiguous(),
         None if dones is None else dones.contiguous(), lambdas, bootstrap,
@@ -69,20 +69,20 @@ def gae(
 
 
 def _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value):
+    check_float(OP, "rewards", rewards)
     check(rewards.ndim == 2, OP, "rewards", "shape (B, R)", tuple(rewards.shape))
     shape = rewards.shape
-    check_data(OP, "rewards", rewards, shape, rewards)
     check_data(OP, "values", values, shape, rewards)
     check_mask(OP, mask, shape, rewards)
     check_unit(OP, "gamma", gamma)
     if isinstance(gae_lambda, torch.Tensor):
         check_data(OP, "gae_lambda", gae_lambda, shape[:1], rewards)
-        if gae_lambda.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
+        if gae_lambda.device.type == "cpu" and has_values(gae_lambda):  # elsewhere it would be a sync
             outside = gae_lambda[~((gae_lambda >= 0) & (gae_lambda <= 1))]
             check(outside.numel() == 0, OP, "gae_lambda", "numbers in [0, 1]", outside[:3].tolist())
     else:
         check_unit(OP, "gae_lambda", gae_lambda)
-    check_mask(OP, dones, shape, rewards, name="dones")
+    check_mask(OP, dones, shape, rewards, "dones", "the episode ends after this token (a mask's True keeps)")
     if bootstrap_value is not None:
         check_data(OP, "bootstrap_value", bootstrap_value, shape[:1], rewards)
 

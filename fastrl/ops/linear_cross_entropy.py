@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, check_device, debugging
+from fastrl.checks import check, check_device, check_float, check_plain, check_positive, debugging
 from fastrl.ops import linear_head_cpu, linear_head_gpu
+from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
 from fastrl.ops.linear_logprobs import HEAD_SCHEMA, empty, input_gradients, linear_logprobs
@@ -64,14 +64,16 @@ def linear_cross_entropy(
     Cost, in products of 2 M V H FLOPs: 1 without gradients, 2 for a frozen head, 3 for a trained one; all gradients are
         formed in the forward pass and the backward pass scales them. Differentiable once.
     """
+    check_float(OP, "hidden", hidden)
     hidden, weight, bias, lora = autocast(hidden, weight, bias, lora)
     check_head(OP, hidden, weight, labels, "labels", bias, lora, mask)
     check_logit_options(OP, temperature, logit_scale, softcap)
     if isinstance(denominator, torch.Tensor):
+        check_plain(OP, "denominator", denominator)
         check(denominator.ndim == 0, OP, "denominator", "a number or a 0-d tensor", tuple(denominator.shape))
         check_device(OP, "denominator", denominator, hidden)
     elif denominator is not None:
-        check(denominator > 0, OP, "denominator", "a positive number", denominator)
+        check_positive(OP, "denominator", denominator)
     keep = labels != IGNORED if mask is None else mask & (labels != IGNORED)
     backend = choose(OP, hidden, backend)
     if backend == "reference":
@@ -121,11 +123,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             upstream, logprobs, row_stats, direction, dweight, dbias, dlora_b,
         )  # fmt: skip
         ctx.save_for_backward(hidden, lora_a, keep, upstream, direction, dweight, dbias, dlora_b)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.backend, ctx.inputs = options, backend, (weight, bias, lora_b)
         return logprobs.sum() * upstream
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(OP)
     def backward(ctx, dloss):
         hidden, lora_a, keep, upstream, direction, *gradients = ctx.saved_tensors
         dhidden = dlora_a = None

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from fastrl.checks import check, check_device, check_float, check_ids, check_mask, check_shape
+from fastrl.checks import (
+    check,
+    check_device,
+    check_float,
+    check_ids,
+    check_mask,
+    check_number,
+    check_plain,
+    check_shape,
+)
+from fastrl.ops.backend import autocast_dtype
 
 
 def check_head(
@@ -21,24 +31,27 @@ def check_head(
     mask: torch.Tensor | None,
 ) -> None:
     check(hidden.ndim >= 1, op, "hidden", "shape (..., H)", tuple(hidden.shape))
-    check_float(op, "hidden", hidden)
+    check_plain(op, "weight", weight)
     check(weight.ndim == 2, op, "weight", "shape (V, H); a sharded head must be gathered first", tuple(weight.shape))
     vocab, width = weight.shape[0], hidden.shape[-1]
     check_shape(op, "weight", weight, (vocab, width))
     check(vocab > 0, op, "weight", "a vocabulary of at least 1", tuple(weight.shape))
     _check_like_hidden(op, "weight", weight, hidden)
     if bias is not None:
+        check_plain(op, "bias", bias)
         check_shape(op, "bias", bias, (vocab,))
         _check_like_hidden(op, "bias", bias, hidden)
     if lora is not None:
-        check(len(lora) == 3, op, "lora", "(lora_a, lora_b, scaling)", f"{len(lora)} items")
-        lora_a, lora_b, _ = lora
-        check(lora_a.ndim == 2 and len(lora_a) > 0, op, "lora", "lora_a (r, H), r at least 1", tuple(lora_a.shape))
-        check_shape(op, "lora: lora_a", lora_a, (len(lora_a), width))
-        check_shape(op, "lora: lora_b", lora_b, (vocab, len(lora_a)))
+        got = f"{len(lora)} items" if isinstance(lora, Sequence) else type(lora).__name__
+        check(got == "3 items", op, "lora", "(lora_a, lora_b, scaling)", got)
+        lora_a, lora_b, scaling = lora
         for name, tensor in (("lora: lora_a", lora_a), ("lora: lora_b", lora_b)):
             check_float(op, name, tensor)
             check_device(op, name, tensor, hidden)
+        check_number(op, "lora: scaling", scaling)
+        check(lora_a.ndim == 2 and len(lora_a) > 0, op, "lora", "lora_a (r, H), r at least 1", tuple(lora_a.shape))
+        check_shape(op, "lora: lora_a", lora_a, (len(lora_a), width))
+        check_shape(op, "lora: lora_b", lora_b, (vocab, len(lora_a)))
     check_ids(op, ids_name, ids, hidden.shape[:-1], hidden)
     check_mask(op, mask, hidden.shape[:-1], hidden)
 
@@ -53,10 +66,9 @@ def autocast(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Sequence[Any] | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Sequence[Any] | None]:
     """The arguments of a linear layer as torch.autocast would hand them to nn.Linear."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    dtype = autocast_dtype(hidden)
+    if dtype is None:
         return hidden, weight, bias, lora
-    dtype = torch.get_autocast_dtype(device)
     if lora is not None:
         lora = (lora[0].to(dtype), lora[1].to(dtype), lora[2])
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora

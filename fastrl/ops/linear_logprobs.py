@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastrl.checks import check_flag, check_float
 from fastrl.ops import linear_head_cpu, linear_head_gpu
+from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
 from fastrl.ops.logit_options import check_logit_options, without_scale
@@ -66,8 +67,10 @@ def linear_logprobs(
         only an adapter or bias is trained.
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135 (rescaled sums).
     """
+    check_float(OP, "hidden", hidden)
     hidden, weight, bias, lora = autocast(hidden, weight, bias, lora)
     check_head(OP, hidden, weight, token_ids, "token_ids", bias, lora, mask)
+    check_flag(OP, "return_entropy", return_entropy)
     check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, hidden, backend)
     if backend == "reference":
@@ -104,35 +107,38 @@ class _LinearLogprobs(torch.autograd.Function):
         token_ids = token_ids.reshape(-1).long().contiguous()
         mask = None if mask is None else mask.reshape(-1).contiguous()
         count, width = rows.shape[0], rows.shape[1] + (0 if lora_a is None else len(lora_a))
-        logprobs = hidden.new_empty(count, dtype=torch.float32)
+        logprobs = hidden.new_empty(shape, dtype=torch.float32)
         row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
-        entropy = hidden.new_empty(count if return_entropy else 0, dtype=torch.float32)
+        entropy = hidden.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
         direction = hidden.new_empty((count, width)) if needs_direction else None
         entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
         _forward(
             backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
-            logprobs, row_stats, entropy if return_entropy else None, direction, entropy_direction,
+            logprobs.view(-1), row_stats, entropy.view(-1) if return_entropy else None, direction, entropy_direction,
         )  # fmt: skip
+        # Copies, as the caller may change the outputs in place; the gradient of hidden alone needs none.
+        needs_outputs = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
         ctx.save_for_backward(
-            hidden, weight, bias, lora_a, lora_b, token_ids, mask,
-            row_stats, logprobs, entropy, direction, entropy_direction,
+            hidden, weight, bias, lora_a, lora_b, token_ids, mask, row_stats,
+            logprobs.reshape(-1).clone() if needs_outputs else None,
+            entropy.reshape(-1).clone() if needs_outputs and return_entropy else None,
+            direction, entropy_direction,
         )  # fmt: skip
-        ctx.options = options
-        ctx.backend = backend
+        ctx.options, ctx.return_entropy, ctx.backend = options, return_entropy, backend
         ctx.set_materialize_grads(False)
-        return logprobs.view(shape), entropy.view(shape if return_entropy else (0,))
+        return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(OP)
     def backward(ctx, dlogprobs, dentropy):
         hidden, weight, bias, lora_a, lora_b, token_ids, mask, *results = ctx.saved_tensors
         row_stats, logprobs, entropy, direction, entropy_direction = results
         need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
-        if entropy.numel() == 0:
+        if not ctx.return_entropy:
             dentropy = None
         if dlogprobs is None and dentropy is None:
             return (None,) * 11
-        dlogprobs = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
+        dlogprobs = row_stats.new_zeros(len(row_stats)) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
         dentropy = None if dentropy is None else dentropy.reshape(-1).contiguous()
         rows = hidden.reshape(-1, hidden.shape[-1])
         dhidden = dlora_a = None

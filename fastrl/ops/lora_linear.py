@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, check_device, check_float, check_shape
+from fastrl.checks import check, check_device, check_float, check_number, check_plain, check_shape, check_unit
 from fastrl.ops import lora_linear_cpu, lora_linear_gpu
-from fastrl.ops.backend import choose
+from fastrl.ops.autograd import differentiable_once
+from fastrl.ops.backend import autocast_dtype, choose
 from fastrl.reference import lora_linear as reference
 
 
@@ -94,13 +93,12 @@ def lora_linear_group(
 
 
 def _run(op, x, layers, dropout, backend):
-    check(x.ndim >= 1 and x.shape[-1] > 0, op, "x", "shape (..., K) with K >= 1", tuple(x.shape))
     check_float(op, "x", x)
-    dropout = float(dropout)
-    check(0.0 <= dropout < 1.0, op, "dropout", "a number in [0, 1)", dropout)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    check(x.ndim >= 1 and x.shape[-1] > 0, op, "x", "shape (..., K) with K >= 1", tuple(x.shape))
+    check_unit(op, "dropout", dropout)
+    check(dropout < 1, op, "dropout", "a number in [0, 1)", dropout)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         layers = [_cast_base(layer, dtype) for layer in layers]
     for layer in layers:
@@ -143,23 +141,25 @@ def _cast_base(layer, dtype):
 def _check_layer(op, x, layer):
     weight, lora_a, lora_b, scaling, bias = layer
     features = x.shape[-1]
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check_float(op, name, tensor)
+        check_device(op, name, tensor, x)
+    check_plain(op, "weight", weight)
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != features:
         check(False, op, "weight", f"shape (O, {features}) with O >= 1", tuple(weight.shape))
     if lora_a.ndim != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != features:
         check(False, op, "lora_a", f"shape (r, {features}) with r >= 1", tuple(lora_a.shape))
     check_shape(op, "lora_b", lora_b, (weight.shape[0], lora_a.shape[0]))
     if bias is not None:
+        check_plain(op, "bias", bias)
         check_shape(op, "bias", bias, (weight.shape[0],))
-    check(math.isfinite(scaling), op, "scaling", "a finite number", scaling)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
             check(False, op, name, f"the dtype of x, {x.dtype}", tensor.dtype)
         check_device(op, name, tensor, x)
-    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        check_float(op, name, tensor)
-        check_device(op, name, tensor, x)
+    check_number(op, "scaling", scaling)
 
 
 def _order(backend):
@@ -170,7 +170,9 @@ def _order(backend):
 def _forward(x, seed, dropout, scalings, backend, tensors):
     rows = x.reshape(-1, x.shape[-1])
     outputs, down = _order(backend).forward(rows, seed, dropout, scalings, backend, *(tensors[i::4] for i in range(4)))
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), down
+    if x.ndim != 2:  # as F.linear shapes its own: to autograd no view, so that it may be changed in place
+        outputs = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in outputs]
+    return tuple(outputs), down
 
 
 class _LoRALinearGroup(torch.autograd.Function):
@@ -184,7 +186,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("lora_linear")
     def backward(ctx, *dys):
         x, seed, down, *tensors = ctx.saved_tensors
         dropout, scalings, backend = ctx.options

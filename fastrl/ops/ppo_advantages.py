@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastrl.checks import check, check_data, check_mask, check_non_negative, check_positive, check_unit
+from fastrl.checks import (
+    check,
+    check_data,
+    check_flag,
+    check_float,
+    check_mask,
+    check_non_negative,
+    check_positive,
+    check_unit,
+)
 from fastrl.ops import backend as native
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_advantages as reference
@@ -101,6 +110,8 @@ def ppo_advantages(
     """
     _check(logprobs, ref_logprobs, values, scores, mask)
     _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda)
+    check_flag(OP, "center", center)
+    check_flag(OP, "scale", scale)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
     backend = choose_for(OP, logprobs.device, dtype, backend)
     logprobs, ref_logprobs, values, scores = (as_data(t, dtype) for t in (logprobs, ref_logprobs, values, scores))
@@ -110,7 +121,7 @@ def ppo_advantages(
             logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda
         )
     else:
-        advantages, returns, rewards, kl = logprobs.new_empty(4, *logprobs.shape).unbind()
+        advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
         moments = logprobs.new_empty(3, dtype=torch.float64)
         stats = logprobs.new_empty(len(AdvantageStats._fields), dtype=torch.float32)
         _advantages(
@@ -142,9 +153,9 @@ def all_ranks(moments: torch.Tensor, process_group: Any) -> torch.Tensor:
 
 
 def _check(logprobs, ref_logprobs, values, scores, mask):
+    check_float(OP, "logprobs", logprobs)
     check(logprobs.ndim == 2, OP, "logprobs", "shape (B, R)", tuple(logprobs.shape))
     shape = logprobs.shape
-    check_data(OP, "logprobs", logprobs, shape, logprobs)
     check_data(OP, "ref_logprobs", ref_logprobs, shape, logprobs)
     check_data(OP, "values", values, shape, logprobs)
     check_data(OP, "scores", scores, shape[:1], logprobs)
@@ -153,7 +164,8 @@ def _check(logprobs, ref_logprobs, values, scores, mask):
 
 def _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda):
     check_non_negative(OP, "kl_coef", kl_coef)
-    check(kl_estimator in KL_ESTIMATORS, OP, "kl_estimator", "k1, k2 or k3", repr(kl_estimator))
+    known = isinstance(kl_estimator, str) and kl_estimator in KL_ESTIMATORS
+    check(known, OP, "kl_estimator", "k1, k2 or k3", repr(kl_estimator))
     for name, clip in (("kl_clip", kl_clip), ("score_clip", score_clip)):
         if clip is not None:
             check_positive(OP, name, clip)

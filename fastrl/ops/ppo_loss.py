@@ -7,18 +7,20 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastrl.checks import (
     check,
     check_above_one,
     check_data,
     check_device,
+    check_float,
     check_mask,
     check_non_negative,
+    check_plain,
     check_positive,
 )
 from fastrl.ops import backend as native
+from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_loss as reference
 from fastrl.reference.masked import compute_dtype
@@ -30,18 +32,21 @@ class PPOStats(NamedTuple):
     """Float32 0-d tensors on the inputs' device, detached: means over kept tokens, 0 where none is kept.
 
     They are averaged over this call's own tokens whatever `denominator` is; weight them by `tokens` to combine calls.
+    log r is bounded at +-20 in all of them. One token can then add 20 / tokens to `kl`, but e^20 = 4.9e8 / tokens to
+    `approx_kl` and the ratios: a limit on the KL should look at `kl` as well.
     """
 
     tokens: torch.Tensor  # kept tokens
     policy_loss: torch.Tensor
     value_loss: torch.Tensor  # with its factor 1/2, without vf_coef
     entropy: torch.Tensor  # nats; 0 if none was given
-    approx_kl: torch.Tensor  # k3 estimate of KL(old policy || policy): r - 1 - log r
+    approx_kl: torch.Tensor  # k3 estimate of KL(old policy || policy), r - 1 - log r: never negative
     clip_frac: torch.Tensor  # share of tokens whose policy term took the clipped branch
     vf_clip_frac: torch.Tensor  # share of tokens whose value term took the clipped branch
     ratio_mean: torch.Tensor
     ratio_max: torch.Tensor
     explained_variance: torch.Tensor  # 1 - variance(returns - values) / variance(returns); 0 if that is 0 or rounding
+    kl: torch.Tensor  # k1 estimate of the same, -log r, which can be negative: verl's ppo_kl, CleanRL's old_approx_kl
 
 
 def ppo_loss(
@@ -117,9 +122,9 @@ def ppo_loss(
 
 
 def _check(logprobs, values, old_logprobs, old_values, advantages, returns, mask, entropy):
+    check_float(OP, "logprobs", logprobs)
     check(logprobs.ndim == 2, OP, "logprobs", "shape (B, R)", tuple(logprobs.shape))
     shape = logprobs.shape
-    check_data(OP, "logprobs", logprobs, shape, logprobs)
     check_data(OP, "values", values, shape, logprobs)
     check_data(OP, "old_logprobs", old_logprobs, shape, logprobs)
     check_data(OP, "old_values", old_values, shape, logprobs)
@@ -143,6 +148,7 @@ def _check_options(clip_coef, vf_clip_coef, vf_coef, ent_coef, entropy, dual_cli
 
 def _check_denominator(denominator, logprobs):
     if isinstance(denominator, torch.Tensor):
+        check_plain(OP, "denominator", denominator)
         check(denominator.ndim == 0, OP, "denominator", "a 0-d tensor", f"shape {tuple(denominator.shape)}")
         check_device(OP, "denominator", denominator, logprobs)
     elif denominator is not None:
@@ -178,11 +184,12 @@ class _PPOLoss(torch.autograd.Function):
             *options, loss, stats, *gradients,
         )  # fmt: skip
         ctx.save_for_backward(*gradients)
+        ctx.inputs = (logprobs, values, entropy)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(OP)
     def backward(ctx, dloss, _):
         gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return *(g * dloss if g is not None and needed else None for g, needed in gradients), *[None] * 9

@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastrl.checks import (
     FLOAT_DTYPES,
     check,
     check_data,
     check_device,
+    check_float,
     check_ids,
     check_non_negative,
+    check_plain,
     check_shape,
     debugging,
+    has_values,
 )
 from fastrl.ops import backend as native
+from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ranking_loss as reference
 from fastrl.reference.masked import compute_dtype
@@ -81,17 +84,18 @@ def ranking_loss(
         loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
     else:
         group_ids, ranks = group_ids.long().contiguous(), ranks.double().contiguous()
-        if backend != "cpu" and debugging() and not torch.compiler.is_compiling():
+        if backend != "cpu" and debugging() and has_values(ranks):
             check(not bool(ranks.isnan().any()), OP, "ranks", "numbers", "nan")
         loss, stats = _RankingLoss.apply(scores, group_ids, ranks, margins, float(center_coef), backend)
     return loss, RankingStats(*stats.unbind())
 
 
 def _check(scores, group_ids, ranks, margins, center_coef):
+    check_float(OP, "scores", scores)
     check(scores.ndim == 1, OP, "scores", "shape (N,)", tuple(scores.shape))
-    check_data(OP, "scores", scores, scores.shape, scores)
     check_ids(OP, "group_ids", group_ids, scores.shape, scores)
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    check_plain(OP, "ranks", ranks)
     check(ranks.dtype in (*integers, *FLOAT_DTYPES), OP, "ranks", "integer or float", ranks.dtype)
     check_shape(OP, "ranks", ranks, scores.shape)
     check_device(OP, "ranks", ranks, scores)
@@ -107,11 +111,12 @@ class _RankingLoss(torch.autograd.Function):
         dscores = torch.empty_like(scores)
         _loss(backend, scores, group_ids, ranks, margins, center_coef, loss, stats, dscores)
         ctx.save_for_backward(dscores)
+        ctx.inputs = (scores,)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(OP)
     def backward(ctx, dloss, _):
         (dscores,) = ctx.saved_tensors
         return dscores * dloss, None, None, None, None, None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, check_float, check_ids, check_mask, debugging
+from fastrl.checks import check, check_flag, check_float, check_ids, check_mask, debugging
 from fastrl.ops import backend as native
+from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import (
     _C,
     DTYPE_CODES,
@@ -68,6 +68,7 @@ def token_logprobs(
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
     """
     _check(logits, token_ids, mask)
+    check_flag(OP, "return_entropy", return_entropy)
     check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, logits, backend)
     if backend == "reference":
@@ -76,7 +77,8 @@ def token_logprobs(
         )
     if backend != "cpu" and debugging():
         reference.check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
-    logprobs, entropy = _TokenLogprobs.apply(
+    run = _TokenLogprobs.apply if torch.is_grad_enabled() and logits.requires_grad else _evaluate
+    logprobs, entropy, *_ = run(
         with_simple_rows(logits),
         token_ids.long().contiguous(),
         None if mask is None else mask.contiguous(),
@@ -88,31 +90,38 @@ def token_logprobs(
 
 
 def _check(logits, token_ids, mask):
-    check(logits.ndim >= 1, OP, "logits", "shape (..., V)", tuple(logits.shape))
     check_float(OP, "logits", logits)
+    check(logits.ndim >= 1, OP, "logits", "shape (..., V)", tuple(logits.shape))
     check(logits.shape[-1] > 0, OP, "logits", "a vocabulary of at least 1", tuple(logits.shape))
     check_ids(OP, "token_ids", token_ids, logits.shape[:-1], logits)
     check_mask(OP, mask, logits.shape[:-1], logits)
 
 
+def _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend):
+    """(logprobs, entropy, row_stats); entropy has no elements if it is not asked for."""
+    shape = logits.shape[:-1]
+    logprobs = logits.new_empty(shape, dtype=torch.float32)
+    row_stats = logits.new_empty((*shape, 2), dtype=torch.float32)
+    entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
+    _forward(
+        backend, logits, token_ids, mask, temperature, softcap,
+        logprobs, row_stats, entropy if return_entropy else None,
+    )  # fmt: skip
+    return logprobs, entropy, row_stats
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, backend):
-        shape = logits.shape[:-1]
-        logprobs = logits.new_empty(shape, dtype=torch.float32)
-        row_stats = logits.new_empty((*shape, 2), dtype=torch.float32)
-        entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
-        _forward(
-            backend, logits, token_ids, mask, temperature, softcap,
-            logprobs, row_stats, entropy if return_entropy else None,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs, entropy)
+        logprobs, entropy, row_stats = _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend)
+        # Copies, as the caller may change the outputs in place.
+        ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs.clone(), entropy.clone())
         ctx.options = (temperature, softcap, return_entropy, backend)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(OP)
     def backward(ctx, dlogprobs, dentropy):
         logits, token_ids, mask, row_stats, logprobs, entropy = ctx.saved_tensors
         temperature, softcap, return_entropy, backend = ctx.options

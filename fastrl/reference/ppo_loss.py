@@ -70,5 +70,6 @@ def ppo_loss(
             explained_variance(
                 masked_variance(returns - values, mask), masked_variance(returns, mask), masked_mean(returns, mask)
             ),
+            masked_mean(-log_ratio, mask),
         ]
         return loss, torch.stack([s.float() for s in stats])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastrl.checks import check
+from fastrl.checks import check, has_values
 
 
 def ranking_loss(
@@ -16,7 +16,7 @@ def ranking_loss(
     center_coef: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, float32 vector in the order of RankingStats): see `fastrl.ops.ranking_loss`."""
-    if ranks.is_floating_point() and not torch.compiler.is_compiling():
+    if ranks.is_floating_point() and has_values(ranks):
         check(not bool(ranks.isnan().any()), "ranking_loss", "ranks", "numbers", "nan")
     same = group_ids[:, None] == group_ids[None, :]
     beats = same & (ranks[:, None] < ranks[None, :])  # beats[i, j]: answer i is better than answer j

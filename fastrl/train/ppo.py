@@ -78,7 +78,7 @@ class PPOConfig:
     score_clip: float | None = option(None, "scores are clipped to +- this")
     gae_lambda: float = option(0.95, "of generalized advantage estimation")
     clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this")
-    target_kl: float | None = option(None, "approx_kl that ends the updates of an iteration")
+    target_kl: float | None = option(None, "ends the updates of an iteration once ppo_kl and approx_kl are above it")
     lora_rank: int = option(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning")
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
     dtype: str = option("float32", "weights: float32 or bfloat16")
@@ -189,9 +189,11 @@ def update(
         )
         norms.append((policy_norm, critic_norm))
         history.append(pool(parts))
-        if cfg.target_kl is not None and float(history[-1].approx_kl) > cfg.target_kl:
+        # Both: approx_kl alone lets one token with a ratio of e^20 end the updates, kl alone lets their signs cancel.
+        if cfg.target_kl is not None and float(min(history[-1].approx_kl, history[-1].kl)) > cfg.target_kl:
             break
     means = {name: float(value) for name, value in pool(history)._asdict().items()}
+    means["ppo_kl"] = means.pop("kl")  # verl's name; kl_k1 and its like are of the reference
     for unused in ("tokens", "entropy", "explained_variance"):  # of the rollout, reported by the caller
         del means[unused]
     return {
