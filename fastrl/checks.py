@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
-import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-LARGEST = sys.float_info.max
 
 
 def check(ok: bool, op: str, argument: str, expected: str, got: object) -> None:
@@ -96,7 +94,7 @@ def check_mask(
 def is_number(value: object) -> bool:
     """A finite number as an option takes it: no bool, and no tensor, whose gradient would be lost."""
     number = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    return number and -LARGEST <= value <= LARGEST  # type: ignore[operator]
+    return number and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def check_number(op: str, argument: str, value: float) -> None:

@@ -93,6 +93,39 @@ def test_wheel_works_in_a_clean_environment_outside_the_checkout(wheel, tmp_path
     assert not HAS_NVCC or re.search(r"native CUDA part +built with CUDA \d+\.\d", doctor), doctor
 
 
+CMAKE = """#!/bin/sh
+# Configures in earnest, builds nothing: a dry run of the build's plan.
+echo "$@" >> {log}
+case "$1" in --build) exec {cmake} "$@" -- -n ;; *) exec {cmake} "$@" ;; esac
+"""
+
+
+def test_builds_again_in_another_environment(source_tree, tmp_path):
+    """pip's build environments vanish: a second install from one checkout must not look for the first one's ninja."""
+    tree, log = tmp_path / "checkout", tmp_path / "log"
+    shutil.copytree(source_tree, tree, symlinks=True)
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+
+    def build(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "cmake").write_text(CMAKE.format(log=log, cmake=cmake))
+        (folder / "cmake").chmod(0o755)
+        if not (folder / "ninja").exists():
+            (folder / "ninja").symlink_to(ninja)
+        path = f"{folder}:{os.environ['PATH']}"
+        run(sys.executable, "setup.py", "build_ext", cwd=tree, env={"PATH": path, "FASTRL_CUDA": "off"})
+        return "--fresh" in log.read_text().splitlines()[-2]
+
+    assert not build("first")
+    assert not build("first")  # goes on with what is built
+    shutil.rmtree(tmp_path / "first")
+    assert build("second")
+    assert not build("second")
+    tree = tree.rename(tmp_path / "moved")
+    assert build("second")
+
+
 BLOCK = "import sys; sys.modules |= dict.fromkeys({blocked!r})\n"  # as if not installed
 
 

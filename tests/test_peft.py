@@ -1,6 +1,7 @@
 """fastrl.patch: PEFT's own layers are the oracle."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import peft
@@ -8,7 +9,9 @@ import pytest
 import torch
 import transformers
 from oracle import assert_as_accurate
+from peft.tuners import lora
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrl
 from fastrl.integrations import peft as integration
@@ -391,3 +394,80 @@ def test_patched_layer_compiles_without_graph_breaks(dropout):
     got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got.sum(), layer.lora_A["default"].weight)[0], want_grad)
+
+
+def test_a_patched_model_looks_like_its_own(tmp_path):
+    """Names, status, pickles and copies are PEFT's; a copy stays fused, a pickle needs no fastrl."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["0"], lora_dropout=0.1)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()
+    seen = repr(model), model.get_layer_status(), model.get_model_status()
+    fastrl.patch(model)
+    assert (repr(model), model.get_layer_status(), model.get_model_status()) == seen
+    layer, x = model.base_model.model[0], torch.randn(300, 8)
+    names = [(t.__name__, t.__qualname__, t.__module__) for t in (type(layer), lora.Linear)]
+    assert names[0] == names[1]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        data = pickle.dumps(model, protocol)
+        assert b"fastrl" not in data
+        loaded = pickle.loads(data)
+        assert type(loaded.base_model.model[0]) is lora.Linear
+        torch.testing.assert_close(loaded(x), model(x))
+        assert len(fastrl.patch(loaded)) == 1
+    copied = copy.deepcopy(model)
+    assert type(copied.base_model.model[0]) is type(layer)
+    assert torch.equal(copied(x), model(x))
+    with torch.no_grad():
+        copied.base_model.model[0].base_layer.weight.zero_()
+    assert not torch.equal(copied(x), model(x))
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_outputs_may_be_changed_in_place(rows):
+    """OLMo clamps its projections so; at every size, and with dropout."""
+    for dropout in (0.0, 0.2):
+        config = peft.LoraConfig(target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        x = torch.randn(2, rows, 8)
+
+        def gradients(clamp, model=model, x=x):
+            model.zero_grad()
+            torch.manual_seed(1)
+            clamp(model(x)).square().sum().backward()
+            return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+        fastrl.patch(model)
+        found, want = gradients(lambda y: y.clamp_(-0.5, 0.5)), gradients(lambda y: y.clamp(-0.5, 0.5))
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_functional_transforms_run_pefts_own_line(rows):
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = torch.randn(rows, 8)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    want = torch.func.grad(loss)(parameters, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:3])
+    fastrl.patch(model)
+    for found, expected in ((torch.func.grad(loss)(parameters, x), want),
+                            (torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:3]), each)):  # fmt: skip
+        for name in want:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_unusual_inputs_run_pefts_own_line(rows):
+    """What a plain layer takes, a patched one takes: nested rows, fake and meta tensors."""
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(target_modules=["0"]))
+    ragged = torch.nested.nested_tensor([torch.randn(rows, 8), torch.randn(3, 8)], layout=torch.jagged)
+    want = model(ragged)
+    fastrl.patch(model)
+    torch.testing.assert_close(model(ragged).values(), want.values())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.randn(rows, 8)).shape == (rows, 6)
+    assert model.to("meta")(torch.randn(rows, 8, device="meta")).shape == (rows, 6)

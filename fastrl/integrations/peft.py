@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
+from fastrl.checks import is_plain
+from fastrl.ops.backend import transforming
 from fastrl.ops.lora_linear import lora_linear
 
 
 class FusedLinear(Linear):
-    """PEFT's lora.Linear with a fused forward; anything but one plain adapter runs PEFT's own.
+    """PEFT's lora.Linear with a fused forward; anything but one plain adapter on a plain input runs PEFT's own.
 
+    To other code it is lora.Linear: by its name, and pickled, so that a pickle needs no fastrl (and is not fused).
     Parts are looked up in nn.Module's dictionaries: a decoded token passes hundreds of these layers, and each attribute
     that nn.Module.__getattr__ has to find costs 0.3 us.
     """
@@ -37,6 +41,16 @@ class FusedLinear(Linear):
             dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Protocol 2 and later take the object's own class alone.
+        function, (_, *arguments), *state = super().__reduce_ex__(1)  # type: ignore[misc,str-unpack]
+        return function, (Linear, *arguments), *state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLinear:
+        copied = memo[id(self)] = FusedLinear.__new__(FusedLinear)
+        copied.__setstate__(deepcopy(self.__dict__, memo))
+        return copied
+
     def _fusable_adapter(self, x: torch.Tensor) -> str | None:
         """The one active adapter if `lora_linear` computes what PEFT would, else None."""
         if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
@@ -56,7 +70,12 @@ class FusedLinear(Linear):
             return None
         if x.dtype != base._parameters["weight"].dtype and not torch.is_autocast_enabled(x.device.type):
             return None  # an error from PEFT
+        if not is_plain(x) or transforming():
+            return None
         return name
+
+
+FusedLinear.__name__, FusedLinear.__qualname__, FusedLinear.__module__ = "Linear", "Linear", Linear.__module__
 
 
 class Patch:
@@ -94,7 +113,8 @@ class Patch:
 def patch(model: nn.Module) -> Patch:
     """Computes the LoRA linear layers of a PEFT model with `fastrl.ops.lora_linear`, in place.
 
-    Parameters, state dict, hooks, `disable_adapter()`, merging, saving and loading stay PEFT's own. A layer whose state
+    Parameters, state dict, hooks, names, `disable_adapter()`, merging, saving and loading stay PEFT's own; a copy is
+    fused like its model, a pickle holds PEFT's layers. A layer whose state
     asks for more than one plain adapter on a plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other
     variants, `lora_bias`, hooks on its parts) runs PEFT's forward for as long as it does. Layers of other types are
     left alone. Two differences from PEFT: float32 adapters on a half-precision base are used in the base's dtype

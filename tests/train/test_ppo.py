@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastrl.metrics import PhaseTimer
 from fastrl.models import load_tokenizer, response_logprobs
-from fastrl.ops import PPOStats
+from fastrl.ops import PPOStats, ppo_loss
 from fastrl.optim import NonFiniteError
 from fastrl.rollout import Trajectory
 from fastrl.train import ppo, ppo_roles
@@ -311,6 +311,26 @@ def test_target_kl_ends_the_updates_of_an_iteration(config):
         main(cfg)
         counts[target_kl] = records(cfg)[1]["updates"]
     assert counts[None] == 8 and 2 <= counts[0.0005] < 8
+
+
+@pytest.mark.parametrize("outlier, updates", [(False, 1), (True, 4)])
+def test_one_outlier_does_not_end_the_updates(config, monkeypatch, outlier, updates):
+    """Pitfall 47: a token with a ratio of e^20 gives approx_kl 4.9e8 / tokens, and a kl below the target."""
+    cfg = config(target_kl=0.05, epochs=2, minibatch_size=4)
+    roles, tokenizer = ready(cfg, jitter=0.05)
+    prompts = [ppo.Prompt([70 + i] * (1 + i), "") for i in range(8)]
+    experience = experience_of(roles, cfg, sample(roles.policy, tokenizer, prompts, cfg, 1))
+
+    def loss_with_ratio(logprobs, values, *rest, **options):
+        loss, stats = ppo_loss(logprobs, values, *rest, **options)
+        seen = {"approx_kl": 4.9e8, "kl": -1.0} if outlier else {"approx_kl": 0.1, "kl": 0.1}
+        return loss * 0, stats._replace(**{name: torch.tensor(value) for name, value in seen.items()})
+
+    monkeypatch.setattr(ppo, "ppo_loss", loss_with_ratio)
+    optimizers = [SGD(trained(model), lr=1e-3) for model in (roles.policy, roles.critic)]
+    stats = update(roles, optimizers, experience, cfg, 1)
+    assert stats["updates"] == updates
+    assert stats["ppo_kl"] == pytest.approx(-1.0 if outlier else 0.1)
 
 
 # ---- whole runs ----
