@@ -12,12 +12,12 @@ import torch
 import transformers
 
 from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
+from fastrl.heads import lm_head
 from fastrl.models import (
     LoRASettings,
     add_lora,
     final_hidden,
     last_token_scores,
-    lm_head,
     load_policy,
     load_scalar_model,
     load_tokenizer,
