@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import os
+import sys
 
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+LARGEST = sys.float_info.max
 
 
 def check(ok: bool, op: str, argument: str, expected: str, got: object) -> None:
@@ -48,19 +51,45 @@ def check_mask(
     check_device(op, name, mask, like)
 
 
-def check_positive(op: str, argument: str, value: float | None) -> None:
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        check(False, op, argument, "a positive number", value)
+def is_number(value: object) -> bool:
+    """A finite number as an option takes it: no bool, and no tensor, whose gradient would be lost."""
+    number = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    return number and -LARGEST <= value <= LARGEST  # type: ignore[operator]
+
+
+def check_number(op: str, argument: str, value: float) -> None:
+    if not is_number(value):
+        _refuse(op, argument, "a finite number", value)
+
+
+def check_positive(op: str, argument: str, value: float) -> None:
+    if not (is_number(value) and value > 0):
+        _refuse(op, argument, "a positive number", value)
+
+
+def check_above_one(op: str, argument: str, value: float) -> None:
+    if not (is_number(value) and value > 1):
+        _refuse(op, argument, "a number above 1", value)
 
 
 def check_non_negative(op: str, argument: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        check(False, op, argument, "a number of at least 0", value)
+    if not (is_number(value) and value >= 0):
+        _refuse(op, argument, "a number of at least 0", value)
 
 
 def check_unit(op: str, argument: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        check(False, op, argument, "a number in [0, 1]", value)
+    if not (is_number(value) and 0 <= value <= 1):
+        _refuse(op, argument, "a number in [0, 1]", value)
+
+
+def check_flag(op: str, argument: str, value: bool) -> None:
+    if value is not True and value is not False:
+        _refuse(op, argument, "True or False", value)
+
+
+def _refuse(op: str, argument: str, expected: str, value: object) -> None:
+    got = "a tensor (its .item() is a number)" if isinstance(value, torch.Tensor) else repr(value)
+    check(False, op, argument, expected, got)
 
 
 def check_data(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:

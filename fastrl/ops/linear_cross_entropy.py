@@ -13,6 +13,7 @@ from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
 from fastrl.ops.linear_logprobs import HEAD_SCHEMA, empty, input_gradients, linear_logprobs
+from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import linear_cross_entropy as reference
 from fastrl.reference.token_logprobs import check_range
 
@@ -29,15 +30,17 @@ def linear_cross_entropy(
     lora: Sequence[Any] | None = None,
     mask: torch.Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     denominator: float | torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of the labels under softmax((hidden @ weight.T + bias) / temperature), without the logits.
+    """Cross-entropy of the labels under softmax(cap((hidden @ weight.T + bias) * logit_scale) / temperature).
 
         loss = -sum over kept positions of log p(label) / denominator
 
-    Same value as ``F.cross_entropy(hidden @ weight.T, labels)``: label -100 drops a position, as the mask does.
+    Same value as ``F.cross_entropy(hidden @ weight.T, labels)`` without the logits; label
+    -100 drops a position, as the mask does. Without a softcap cap(z) = z.
 
     Args:
         hidden: (..., H) float32, bfloat16 or float16 (float64 runs on `reference`).
@@ -46,8 +49,9 @@ def linear_cross_entropy(
         bias: (V,), the dtype of hidden.
         lora: (lora_a (r, H), lora_b (V, r), scaling) adds scaling * (hidden @ lora_a.T) @ lora_b.T to the logits.
         mask: (...) bool, True = keep. Dropped positions count nothing, get zero gradient, and may hold anything.
-        temperature: > 0, divides the (soft-capped) logits.
-        softcap: > 0; logits become softcap * tanh(logits / softcap) first.
+        temperature: > 0, divides the (scaled, soft-capped) logits.
+        logit_scale: > 0, multiplies the logits first: Cohere's logit_scale, 1 / Granite's logits_scaling.
+        softcap: > 0; scaled logits become softcap * tanh(logits / softcap).
         denominator: a positive number or 0-d tensor; None is the number of kept positions (1 if none). For
             micro-batches pass the count of the whole batch.
         backend: None chooses; else one of reference, cpu, triton, cuda.
@@ -61,7 +65,8 @@ def linear_cross_entropy(
         formed in the forward pass and the backward pass scales them. Differentiable once.
     """
     hidden, weight, bias, lora = autocast(hidden, weight, bias, lora)
-    check_head(OP, hidden, weight, labels, "labels", bias, lora, mask, temperature, softcap)
+    check_head(OP, hidden, weight, labels, "labels", bias, lora, mask)
+    check_logit_options(OP, temperature, logit_scale, softcap)
     if isinstance(denominator, torch.Tensor):
         check(denominator.ndim == 0, OP, "denominator", "a number or a 0-d tensor", tuple(denominator.shape))
         check_device(OP, "denominator", denominator, hidden)
@@ -71,7 +76,7 @@ def linear_cross_entropy(
     backend = choose(OP, hidden, backend)
     if backend == "reference":
         return reference.linear_cross_entropy(
-            hidden, weight, labels, bias, lora, keep, temperature, softcap or 0.0, denominator
+            hidden, weight, labels, bias, lora, keep, temperature, logit_scale, softcap or 0.0, denominator
         )
     if backend == "cpu" or debugging():
         check_range(torch.where(keep, labels, 0), len(weight), OP, "labels")
@@ -84,13 +89,13 @@ def linear_cross_entropy(
             upstream = -1.0 / denominator.to(torch.float32)
         else:  # filled on the device: a copy from the host would wait
             upstream = torch.full((), -1.0 / denominator, dtype=torch.float32, device=hidden.device)
-        options = (float(scaling), float(temperature), float(softcap or 0.0))
+        options = (float(scaling), *without_scale(temperature, logit_scale, softcap))
         return _LinearCrossEntropy.apply(
             hidden, weight, bias, lora_a, lora_b, labels, keep, upstream.detach(), options, backend
         )
     logprobs = linear_logprobs(
-        hidden, weight, labels, bias=bias, lora=lora, mask=keep, temperature=temperature, softcap=softcap,
-        backend=backend,
+        hidden, weight, labels, bias=bias, lora=lora, mask=keep, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, backend=backend,
     )  # fmt: skip
     assert isinstance(logprobs, torch.Tensor)
     return -logprobs.sum() / denominator

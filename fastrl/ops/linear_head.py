@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastrl.checks import check, check_device, check_float, check_ids, check_mask, check_positive, check_shape
+from fastrl.checks import check, check_device, check_float, check_ids, check_mask, check_shape
 
 
 def check_head(
@@ -19,8 +19,6 @@ def check_head(
     bias: torch.Tensor | None,
     lora: Sequence[Any] | None,
     mask: torch.Tensor | None,
-    temperature: float,
-    softcap: float | None,
 ) -> None:
     check(hidden.ndim >= 1, op, "hidden", "shape (..., H)", tuple(hidden.shape))
     check_float(op, "hidden", hidden)
@@ -43,8 +41,6 @@ def check_head(
             check_device(op, name, tensor, hidden)
     check_ids(op, ids_name, ids, hidden.shape[:-1], hidden)
     check_mask(op, mask, hidden.shape[:-1], hidden)
-    check_positive(op, "temperature", temperature)
-    check_positive(op, "softcap", softcap)
 
 
 def _check_like_hidden(op: str, name: str, tensor: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.backend import choose, native_op
 from fastrl.ops.linear_head import autocast, check_head
+from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import linear_logprobs as reference
 
 OP = "linear_logprobs"
@@ -25,13 +26,15 @@ def linear_logprobs(
     lora: Sequence[Any] | None = None,
     mask: torch.Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each given token under softmax((hidden @ weight.T + bias) / temperature).
+    """Log-probability of each given token under softmax(cap((hidden @ weight.T + bias) * logit_scale) / temperature).
 
-        y[m] = x[m, i] - log sum_v exp x[m, v],   x = (hidden @ weight.T + bias) / temperature,   i = token_ids[m]
+        y[m] = x[m, i] - log sum_v exp x[m, v],   i = token_ids[m]
+        x = cap((hidden @ weight.T + bias) * logit_scale) / temperature,   cap(z) = z without a softcap
 
     Same value as ``token_logprobs(hidden @ weight.T, token_ids)`` without holding the (M, V) logits: only a block of
     them exists at a time. Masked rows are not multiplied, and a weight's gradient is formed only if it requires one.
@@ -43,8 +46,9 @@ def linear_logprobs(
         bias: (V,), the dtype of hidden.
         lora: (lora_a (r, H), lora_b (V, r), scaling) adds scaling * (hidden @ lora_a.T) @ lora_b.T to the logits.
         mask: (...) bool, True = keep. Dropped positions return 0, get zero gradient, and may hold anything.
-        temperature: > 0, divides the (soft-capped) logits.
-        softcap: > 0; logits become softcap * tanh(logits / softcap) first.
+        temperature: > 0, divides the (scaled, soft-capped) logits.
+        logit_scale: > 0, multiplies the logits first: Cohere's logit_scale, 1 / Granite's logits_scaling.
+        softcap: > 0; scaled logits become softcap * tanh(logits / softcap).
         return_entropy: also return the entropy of each kept position.
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
@@ -63,11 +67,12 @@ def linear_logprobs(
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135 (rescaled sums).
     """
     hidden, weight, bias, lora = autocast(hidden, weight, bias, lora)
-    check_head(OP, hidden, weight, token_ids, "token_ids", bias, lora, mask, temperature, softcap)
+    check_head(OP, hidden, weight, token_ids, "token_ids", bias, lora, mask)
+    check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, hidden, backend)
     if backend == "reference":
         return reference.linear_logprobs(
-            hidden, weight, token_ids, bias, lora, mask, temperature, softcap or 0.0, return_entropy
+            hidden, weight, token_ids, bias, lora, mask, temperature, logit_scale, softcap or 0.0, return_entropy
         )
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     needs_direction = torch.is_grad_enabled() and (
@@ -81,7 +86,7 @@ def linear_logprobs(
         lora_b,
         token_ids,
         mask,
-        (float(scaling), float(temperature), float(softcap or 0.0)),
+        (float(scaling), *without_scale(temperature, logit_scale, softcap)),
         return_entropy,
         needs_direction,
         backend,

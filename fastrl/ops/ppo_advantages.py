@@ -154,8 +154,9 @@ def _check(logprobs, ref_logprobs, values, scores, mask):
 def _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda):
     check_non_negative(OP, "kl_coef", kl_coef)
     check(kl_estimator in KL_ESTIMATORS, OP, "kl_estimator", "k1, k2 or k3", repr(kl_estimator))
-    check_positive(OP, "kl_clip", kl_clip)
-    check_positive(OP, "score_clip", score_clip)
+    for name, clip in (("kl_clip", kl_clip), ("score_clip", score_clip)):
+        if clip is not None:
+            check_positive(OP, name, clip)
     check_unit(OP, "gamma", gamma)
     check_unit(OP, "gae_lambda", gae_lambda)
 

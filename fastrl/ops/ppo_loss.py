@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, check_data, check_device, check_mask, check_non_negative, check_positive
+from fastrl.checks import (
+    check,
+    check_above_one,
+    check_data,
+    check_device,
+    check_mask,
+    check_non_negative,
+    check_positive,
+)
 from fastrl.ops import backend as native
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_loss as reference
@@ -124,18 +132,20 @@ def _check(logprobs, values, old_logprobs, old_values, advantages, returns, mask
 
 def _check_options(clip_coef, vf_clip_coef, vf_coef, ent_coef, entropy, dual_clip):
     check_positive(OP, "clip_coef", clip_coef)
-    check_positive(OP, "vf_clip_coef", vf_clip_coef)
+    if vf_clip_coef is not None:
+        check_positive(OP, "vf_clip_coef", vf_clip_coef)
     check_non_negative(OP, "vf_coef", vf_coef)
     check_non_negative(OP, "ent_coef", ent_coef)
     check(entropy is not None or ent_coef == 0, OP, "entropy", "a (B, R) tensor, because ent_coef > 0", None)
-    check(dual_clip is None or 1 < dual_clip < float("inf"), OP, "dual_clip", "a number above 1", dual_clip)
+    if dual_clip is not None:
+        check_above_one(OP, "dual_clip", dual_clip)
 
 
 def _check_denominator(denominator, logprobs):
     if isinstance(denominator, torch.Tensor):
         check(denominator.ndim == 0, OP, "denominator", "a 0-d tensor", f"shape {tuple(denominator.shape)}")
         check_device(OP, "denominator", denominator, logprobs)
-    else:
+    elif denominator is not None:
         check_positive(OP, "denominator", denominator)
 
 

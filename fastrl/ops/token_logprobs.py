@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.checks import check, check_float, check_ids, check_mask, check_positive, debugging
+from fastrl.checks import check, check_float, check_ids, check_mask, debugging
 from fastrl.ops import backend as native
 from fastrl.ops.backend import (
     _C,
@@ -20,6 +20,7 @@ from fastrl.ops.backend import (
     triton_kernel,
     with_simple_rows,
 )
+from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -31,24 +32,27 @@ def token_logprobs(
     *,
     mask: torch.Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each given token under softmax(logits / temperature).
+    """Log-probability of each given token under softmax(cap(logits * logit_scale) / temperature).
 
-        y[...] = x[..., i] - log sum_v exp x[..., v],   x = logits / temperature,   i = token_ids[...]
+        y[...] = x[..., i] - log sum_v exp x[..., v],   x = cap(logits * logit_scale) / temperature,  i = token_ids[...]
 
-    Same value as ``(logits / temperature).float().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`` without
-    an fp32 copy of the logits. The entropy is ``-(p * p.log()).sum(-1)`` in nats, from the same pass.
+    Without a softcap, cap(z) = z, this is
+    ``(logits.float() * logit_scale / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`` without
+    the fp32 copy of the logits. The entropy is ``-(p * p.log()).sum(-1)`` in nats, from the same pass.
 
     Args:
         logits: (..., V) float32, bfloat16 or float16 (float64 runs on `reference`). Any leading strides; copied only if
             the last dimension is not contiguous or more than two leading strides remain. -inf bans a token.
         token_ids: (...) int64 or int32 in [0, V).
         mask: (...) bool, True = keep. Dropped positions return 0, get zero gradient, and may hold anything.
-        temperature: > 0, divides the (soft-capped) logits.
-        softcap: > 0; logits become softcap * tanh(logits / softcap) first; -inf stays -inf.
+        temperature: > 0, divides the (scaled, soft-capped) logits.
+        logit_scale: > 0, multiplies the logits first: Cohere's logit_scale, 1 / Granite's logits_scaling.
+        softcap: > 0; scaled logits become softcap * tanh(logits / softcap); -inf stays -inf.
         return_entropy: also return the entropy of each kept position.
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
@@ -63,32 +67,32 @@ def token_logprobs(
         The gradient has the dtype of the logits. Differentiable once.
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
     """
-    _check(logits, token_ids, mask, temperature, softcap)
+    _check(logits, token_ids, mask)
+    check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, logits, backend)
     if backend == "reference":
-        return reference.token_logprobs(logits, token_ids, mask, temperature, softcap or 0.0, return_entropy)
+        return reference.token_logprobs(
+            logits, token_ids, mask, temperature, logit_scale, softcap or 0.0, return_entropy
+        )
     if backend != "cpu" and debugging():
         reference.check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
     logprobs, entropy = _TokenLogprobs.apply(
         with_simple_rows(logits),
         token_ids.long().contiguous(),
         None if mask is None else mask.contiguous(),
-        float(temperature),
-        float(softcap or 0.0),
+        *without_scale(temperature, logit_scale, softcap),
         return_entropy,
         backend,
     )
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _check(logits, token_ids, mask, temperature, softcap):
+def _check(logits, token_ids, mask):
     check(logits.ndim >= 1, OP, "logits", "shape (..., V)", tuple(logits.shape))
     check_float(OP, "logits", logits)
     check(logits.shape[-1] > 0, OP, "logits", "a vocabulary of at least 1", tuple(logits.shape))
     check_ids(OP, "token_ids", token_ids, logits.shape[:-1], logits)
     check_mask(OP, mask, logits.shape[:-1], logits)
-    check_positive(OP, "temperature", temperature)
-    check_positive(OP, "softcap", softcap)
 
 
 class _TokenLogprobs(torch.autograd.Function):

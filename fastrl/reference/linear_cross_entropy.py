@@ -19,6 +19,7 @@ def linear_cross_entropy(
     lora: Sequence[Any] | None,
     keep: torch.Tensor,
     temperature: float,
+    logit_scale: float,
     softcap: float,
     denominator: float | torch.Tensor | None,
 ) -> torch.Tensor:
@@ -26,7 +27,7 @@ def linear_cross_entropy(
     labels = torch.where(keep, labels.long(), 0)
     check_range(labels, weight.shape[0], "linear_cross_entropy", "labels")
     logits = head_logits(torch.where(keep[..., None], hidden, 0), weight, bias, lora)
-    logprobs = token_logprobs(logits, labels, keep, temperature, softcap, False)
+    logprobs = token_logprobs(logits, labels, keep, temperature, logit_scale, softcap, False)
     assert isinstance(logprobs, torch.Tensor)
     if denominator is None:
         denominator = keep.sum().clamp(min=1)

@@ -30,6 +30,7 @@ def linear_logprobs(
     lora: Sequence[Any] | None,
     mask: torch.Tensor | None,
     temperature: float,
+    logit_scale: float,
     softcap: float,
     return_entropy: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -39,4 +40,4 @@ def linear_logprobs(
         hidden = torch.where(mask[..., None], hidden, 0)
     check_range(token_ids, weight.shape[0], "linear_logprobs")
     logits = head_logits(hidden, weight, bias, lora)
-    return token_logprobs(logits, token_ids, mask, temperature, softcap, return_entropy)
+    return token_logprobs(logits, token_ids, mask, temperature, logit_scale, softcap, return_entropy)

@@ -12,6 +12,7 @@ def token_logprobs(
     token_ids: torch.Tensor,
     mask: torch.Tensor | None,
     temperature: float,
+    logit_scale: float,
     softcap: float,
     return_entropy: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +22,7 @@ def token_logprobs(
     check_range(token_ids, logits.shape[-1])
     x = torch.where(keep[..., None], logits, 0)
     x = x if x.dtype == torch.float64 else x.float()
+    x = x * logit_scale
     if softcap > 0:
         x = torch.where(x == -torch.inf, x, softcap * torch.tanh(x / softcap))
     dead = (x == -torch.inf).all(-1)  # no distribution: log-prob -inf, entropy 0, no gradient

@@ -127,7 +127,7 @@ def all_calls(
         return ops.lora_linear_group(x, layers, backend=backend)
 
     logprobs = of_head(ops.linear_logprobs, temperature=0.7, return_entropy=True)
-    cross_entropy = of_head(ops.linear_cross_entropy, softcap=9.0)
+    cross_entropy = of_head(ops.linear_cross_entropy, logit_scale=0.5, softcap=9.0)
     targets: Tensors = {"ids": ids, "mask": mask}
     one = {"upstream 0": of_layer["upstream 0"]}
     pairs = ("logprobs", "ref_logprobs", "values")

@@ -50,7 +50,7 @@ def test_matches_float64(gpu_backend, device, monkeypatch, dtype, chunks, head):
         small_chunks(monkeypatch, rows=2, columns=64)
     trained, carries = HEADS[head]
     case = case_with_ignored(device, dtype=dtype, **carries)
-    options = {"temperature": 0.8, "softcap": 10.0, "upstream": 1.7, "trained": trained}
+    options = {"temperature": 0.8, "logit_scale": 0.7, "softcap": 10.0, "upstream": 1.7, "trained": trained}
     actual = results(case, backend=gpu_backend, **options)
     eager = results(case, backend="reference", **options)
     truth = results(case.to(torch.float64), backend="reference", **options)

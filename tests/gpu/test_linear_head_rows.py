@@ -42,7 +42,7 @@ def run(backend, logits, ids, dtype=torch.float32, mask=None, temperature=1.0, s
 
 def truth_of(logits, ids, temperature, softcap, dtype=torch.float64):
     leaf = logits.detach().to(dtype).requires_grad_()
-    logprobs, entropy = reference(leaf, ids, None, temperature, softcap, True)
+    logprobs, entropy = reference(leaf, ids, None, temperature, 1.0, softcap, True)
     (dlogprobs,) = torch.autograd.grad(logprobs.sum(), leaf, retain_graph=True)
     (dentropy,) = torch.autograd.grad(entropy.sum(), leaf)
     return logprobs.detach(), entropy.detach(), dlogprobs, dentropy

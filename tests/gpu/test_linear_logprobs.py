@@ -34,7 +34,9 @@ def test_matches_float64(gpu_backend, device, vocab, dtype):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"temperature": 1.3, "entropy": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"softcap": 3.0, "logit_scale": 0.5}, {"temperature": 1.3, "entropy": False}], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_pieces_and_heads(gpu_backend, device, small_pieces, monkeypatch, dtype, options, head):
     """T2, T17, T34, pitfalls 26, 30: ragged chunks, blocks and pieces; whatever a head may carry."""

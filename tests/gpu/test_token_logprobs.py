@@ -75,6 +75,9 @@ def test_softcap(gpu_backend, device, dtype):
     dentropy = torch.linspace(-1, 1, 4, device=device)
     result = assert_accurate(logits, ids, dlogprobs, dentropy, backend=gpu_backend, softcap=20.0, temperature=1.3)
     assert (result[-1][:, 3] == 0).all()
+    options = {"softcap": 20.0, "temperature": 1.3, "logit_scale": 0.25}
+    result = assert_accurate(logits, ids, dlogprobs, dentropy, backend=gpu_backend, **options)
+    assert (result[-1][:, 3] == 0).all()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

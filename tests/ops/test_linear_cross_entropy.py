@@ -36,7 +36,7 @@ def test_matches_float64(vocab, dtype, head, monkeypatch):
     """T2, T4, T17, T34, pitfalls 23, 30, 31, 35: ragged chunks, ignored labels, within twice eager's error."""
     small_blocks(monkeypatch)
     case = with_ignored(head_case(vocab=vocab, dtype=dtype, **head))
-    options = {"temperature": 0.8, "softcap": 10.0, "upstream": 1.7}
+    options = {"temperature": 0.8, "logit_scale": 0.7, "softcap": 10.0, "upstream": 1.7}
     actual = results(case, backend=NATIVE, **options)
     eager = results(case, backend="reference", **options)
     truth = results(case.to(torch.float64), backend="reference", **options)
@@ -64,7 +64,9 @@ def test_is_the_sum_of_log_probs(backend):
     """T38, pitfall 32: one definition: -sum of linear_logprobs over kept tokens / denominator."""
     case = head_case()
     mask = torch.arange(23) % 3 != 1
-    logprobs = linear_logprobs(case.hidden, case.weight, case.token_ids, mask=mask, temperature=0.7, backend=backend)
+    logprobs = linear_logprobs(
+        case.hidden, case.weight, case.token_ids, mask=mask, temperature=0.7, logit_scale=0.5, backend=backend
+    )
     for denominator in (None, 7, 2.5, torch.tensor(11)):
         loss = linear_cross_entropy(
             case.hidden,
@@ -72,6 +74,7 @@ def test_is_the_sum_of_log_probs(backend):
             case.token_ids,
             mask=mask,
             temperature=0.7,
+            logit_scale=0.5,
             denominator=denominator,
             backend=backend,
         )
@@ -156,7 +159,14 @@ def test_reference_gradcheck():
 
     def run(hidden, weight, bias, lora_a, lora_b):
         return linear_cross_entropy(
-            hidden, weight, case.token_ids, bias=bias, lora=(lora_a, lora_b, 0.5), temperature=0.8, softcap=5.0
+            hidden,
+            weight,
+            case.token_ids,
+            bias=bias,
+            lora=(lora_a, lora_b, 0.5),
+            temperature=0.8,
+            logit_scale=1.5,
+            softcap=5.0,
         )
 
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in case[:5]])

@@ -31,7 +31,8 @@ def test_bias_lora_and_softcap(dtype, softcap, head, monkeypatch):
     small_blocks(monkeypatch)
     case = head_case(dtype=dtype, **HEADS[head])
     assert_matches_float64(NATIVE, case, temperature=1.3, softcap=softcap)
-    assert_matches_float64(NATIVE, case, temperature=0.7, softcap=softcap, entropy=False)
+    assert_matches_float64(NATIVE, case, temperature=0.7, softcap=softcap, logit_scale=0.25, entropy=False)
+    assert_matches_float64(NATIVE, case, temperature=0.7, softcap=softcap, logit_scale=3.0)
 
 
 @pytest.mark.parametrize("trained", [(name,) for name in PARAMETERS] + [("hidden", "lora_a", "lora_b")], ids=str)
@@ -302,11 +303,12 @@ def test_autocast():
 
 
 def test_agrees_with_token_logprobs():
-    """Pitfall 26: the two routes to a log-prob agree, at any temperature."""
+    """Pitfall 26: the two routes to a log-prob agree, at any temperature and scale."""
     case = head_case(dtype=torch.float32)
-    for temperature in (0.7, 1.0, 2.0):
-        a = linear_logprobs(case.hidden, case.weight, case.token_ids, temperature=temperature, backend=NATIVE)
-        b = token_logprobs(case.hidden @ case.weight.T, case.token_ids, temperature=temperature, backend=NATIVE)
+    for temperature, scale in ((0.7, 1.0), (1.0, 0.0625), (2.0, 3.0)):
+        options = {"temperature": temperature, "logit_scale": scale, "softcap": 9.0, "backend": NATIVE}
+        a = linear_logprobs(case.hidden, case.weight, case.token_ids, **options)
+        b = token_logprobs(case.hidden @ case.weight.T, case.token_ids, **options)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -317,7 +319,7 @@ def test_reference_gradcheck():
     def run(hidden, weight, bias, lora_a, lora_b):
         return linear_logprobs(
             hidden, weight, case.token_ids, bias=bias, lora=(lora_a, lora_b, 0.5), mask=mask, temperature=0.8,
-            softcap=5.0, return_entropy=True,
+            logit_scale=1.5, softcap=5.0, return_entropy=True,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in case[:5]])
@@ -332,7 +334,7 @@ def test_compiles_without_graph_breaks():
     def loss(hidden, weight, bias, lora_a, lora_b):
         logprobs, entropy = linear_logprobs(
             hidden, weight, case.token_ids, bias=bias, lora=(lora_a, lora_b, 0.5), mask=mask, temperature=0.9,
-            return_entropy=True, backend=NATIVE,
+            logit_scale=0.5, softcap=4.0, return_entropy=True, backend=NATIVE,
         )  # fmt: skip
         return (logprobs * 2 + entropy).sum()
 
@@ -373,6 +375,8 @@ def test_bad_input(backend):
         (dict(temperature=0.0), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
         (dict(softcap=-1.0), "softcap"),
+        (dict(logit_scale=0.0), "logit_scale"),
+        (dict(logit_scale=None), "logit_scale"),
         (dict(hidden=case.hidden.long()), "hidden"),
         (dict(weight=torch.randn(8, 4)), "weight"),
         (dict(weight=torch.randn(0)), "weight"),

@@ -214,7 +214,8 @@ def test_reference_gradcheck():
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     ids, mask = torch.tensor([0, 5, 2]), torch.tensor([True, True, False])
     assert torch.autograd.gradcheck(
-        lambda x: token_logprobs(x, ids, mask=mask, temperature=0.8, softcap=5.0, return_entropy=True), logits
+        lambda x: token_logprobs(x, ids, mask=mask, temperature=0.8, logit_scale=1.5, softcap=5.0, return_entropy=True),
+        logits,
     )
 
 
@@ -223,7 +224,9 @@ def test_compiles_without_graph_breaks():
     """T32: fullgraph=True, forward and backward, equal to eager."""
 
     def loss(logits, ids, mask):
-        logprobs, entropy = token_logprobs(logits, ids, mask=mask, return_entropy=True, temperature=0.9, backend=NATIVE)
+        logprobs, entropy = token_logprobs(
+            logits, ids, mask=mask, return_entropy=True, temperature=0.9, logit_scale=0.5, softcap=4.0, backend=NATIVE
+        )
         return (logprobs * 2 + entropy).sum()
 
     logits, ids, _ = case(5, 61)
@@ -260,6 +263,7 @@ def test_bad_input(backend):
         (dict(temperature=-1.0), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
         (dict(softcap=-1.0), "softcap"),
+        *[(dict(logit_scale=bad), "logit_scale") for bad in (0.0, -1.0, float("inf"), float("nan"), None, "1")],
         (dict(logits=logits.long()), "logits"),
         (dict(logits=torch.empty(3, 0)), "logits"),
     ]
@@ -282,3 +286,37 @@ def test_properties(rows, vocab, temperature, seed):
     _, entropy, dlogits = gradients(logits, ids, dlogprobs, dlogprobs, temperature=temperature, backend=NATIVE)
     assert dlogits.sum(-1).abs().max() < 1e-4 * (1 + dlogprobs.abs().max()) / temperature
     assert (entropy >= -1e-5).all() and (entropy <= torch.log(torch.tensor(float(vocab))) + 1e-5).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_logit_scale(backend, softcap):
+    """T34: logits x scale, then softcap, then / temperature, as plain torch lines; a banned token stays banned."""
+    logits, ids, dlogprobs = case(4, 50, scale=30)
+    logits[:, 3], ids[:] = -torch.inf, 7
+    for scale in (0.0625, 3.0):
+        leaf = logits.double().requires_grad_()
+        scaled = leaf * scale
+        x = (scaled if softcap is None else softcap * torch.tanh(scaled / softcap)).where(~leaf.isinf(), -torch.inf)
+        every = (x / 1.3).log_softmax(-1)
+        logprobs, entropy = every[:, 7], -(every.exp() * every.where(~every.isinf(), 0)).sum(-1)
+        ((logprobs + 2 * entropy) * dlogprobs).sum().backward()
+        options = {"temperature": 1.3, "logit_scale": scale, "softcap": softcap, "backend": backend}
+        found = gradients(logits, ids, dlogprobs, 2 * dlogprobs, **options)
+        for got, want in zip(found, (logprobs.detach(), entropy.detach(), leaf.grad), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+        assert (found[2][:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1 / 16, 0.25, 8.0])
+def test_logit_scale_matches_float64(dtype, scale):
+    """T16, T34: the error is within twice eager's for scales on either side of 1, with a softcap."""
+    logits, ids, dlogprobs = case(5, 1000, dtype, scale=3 / scale)
+    options = {"temperature": 0.7, "softcap": 5.0, "logit_scale": scale}
+    dentropy = torch.linspace(-1, 1, 5)
+    actual = gradients(logits, ids, dlogprobs, dentropy, backend=NATIVE, **options)
+    eager_ = gradients(logits, ids, dlogprobs, dentropy, backend="reference", **options)
+    truth = gradients(logits.double(), ids, dlogprobs, dentropy, backend="reference", **options)
+    for name, a, e, t in zip(["logprobs", "entropy", "dlogits"], actual, eager_, truth, strict=True):
+        assert_as_accurate(a, e, t, name)
