@@ -38,8 +38,7 @@ class Head(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """All but the weight, as keyword arguments of `linear_logprobs` and `linear_cross_entropy`."""
-        scale = {} if self.logit_scale == 1 else {"logit_scale": self.logit_scale}
-        return {"bias": self.bias, "lora": self.lora, "softcap": self.softcap, **scale}
+        return {"bias": self.bias, "lora": self.lora, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) fp32 logits of hidden states (..., H)."""
@@ -54,6 +53,13 @@ def base_model(model: nn.Module) -> transformers.PreTrainedModel:
     """The transformers model inside a PEFT wrapper (adapters stay in place), or the model itself."""
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     return cast(transformers.PreTrainedModel, inner)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The backbone below the head, which gives the last hidden states."""
+    base: Any = base_model(model)
+    found = base.get_decoder()
+    return base.model if found is base else found  # where transformers finds none it answers with the model itself
 
 
 def lm_head(model: nn.Module) -> Head:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastrl.heads import base_model, lm_head
+from fastrl.heads import base_model, decoder, lm_head
 from fastrl.scalars import CLASSIFIER, check_score_head, claims_score_head, saved_score, with_scalar_head
 from fastrl.weights import check_config, check_loaded
 
@@ -210,7 +210,7 @@ def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
     their hidden states are moved back. What a position that is not kept returns is unspecified.
     """
-    backbone = base_model(model).get_decoder()
+    backbone = decoder(model)
     lengths = attention_mask.sum(-1)
     width = max(int(lengths.max()), 1)
     columns = torch.arange(width, device=input_ids.device)
