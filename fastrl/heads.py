@@ -59,7 +59,9 @@ def decoder(model: nn.Module) -> nn.Module:
     """The backbone below the head, which gives the last hidden states."""
     base: Any = base_model(model)
     found = base.get_decoder()
-    return base.model if found is base else found  # where transformers finds none it answers with the model itself
+    if found is base or not isinstance(found, transformers.PreTrainedModel):  # what is called decoder may be the head
+        found = base.base_model if base.base_model is not base else base.model
+    return found
 
 
 def lm_head(model: nn.Module) -> Head:
@@ -84,6 +86,8 @@ def lm_head(model: nn.Module) -> Head:
 
 def logit_scale(config: Any) -> float:
     """Factor between `hidden @ weight.T` and the logits, from whatever field the family gives it in."""
+    if config.model_type == "mpt":  # has the field, does not apply it
+        return 1.0
     factors = [getattr(config, field, None) or 1.0 for field in MULTIPLIERS]
     divisors = [getattr(config, field, None) or 1.0 for field in DIVISORS]
     if config.model_type.startswith(MULTIPLIED_BY_LOGITS_SCALING):

@@ -111,7 +111,7 @@ def check_steps(model: Any, ids: Tensor, own: Tensor, spread: Tensor, check: Com
     last = [len(ids) - STEPS - 1, SHORT - STEPS - 1]  # positions of the tokens that were read last
     check.same("logits after left padding", logits, own[last], spread, NO_STEPS)
     order = torch.tensor([1, 0], device=ids.device)
-    check.attempt("reordering the cache", lambda: cache.batch_select_indices(order))
+    check.attempt("reordering the cache", lambda: cache.reorder_cache(order))
     padded, mask, last = padded[order], mask[order], last[::-1]
     steps = []
     for _ in range(STEPS):

@@ -231,7 +231,7 @@ def rollout(
                 running = (~ended).nonzero()[:, 0]
                 rows, ids, mask = (x[running] for x in (rows, ids, mask))
                 if cache is not None:
-                    cache.batch_select_indices(running)
+                    cache.reorder_cache(running)  # batch_select_indices leaves recurrent states as they are
 
     responses = responses[:, : int(lengths.max())]
     response_mask = torch.arange(responses.shape[1], device=model.device) < lengths[:, None]

@@ -23,6 +23,7 @@ from fastrl.models import (
     load_tokenizer,
     position_ids,
     response_logprobs,
+    start_scalar_model,
     token_scores,
 )
 from fastrl.optim import NonFiniteError, check_finite, make_optimizer, make_schedule, optimizer_step
@@ -156,7 +157,7 @@ def test_score_bias_is_subtracted_and_zero_is_a_score(tiny_scalar):
 
 def test_scalar_model_from_a_causal_lm(tiny_policy, capfd):
     torch.manual_seed(0)
-    model = load_scalar_model(tiny_policy)
+    model = start_scalar_model(tiny_policy)
     policy = load_policy(tiny_policy)
     ids, mask = padded([[5, 6, 7]], "right", 4)
     with torch.no_grad():
@@ -170,8 +171,7 @@ def test_scalar_model_from_a_causal_lm(tiny_policy, capfd):
 
 
 def test_bf16_scalar_model_keeps_an_fp32_head(tiny_policy, tiny_scalar):
-    for folder in (tiny_policy, tiny_scalar):
-        model = load_scalar_model(folder, dtype="bfloat16")
+    for model in (start_scalar_model(tiny_policy, dtype="bfloat16"), load_scalar_model(tiny_scalar, dtype="bfloat16")):
         ids, mask = padded([[5, 6, 7]], "right", 4)
         assert model.score.weight.dtype == torch.float32
         assert next(model.model.parameters()).dtype == torch.bfloat16
@@ -215,7 +215,7 @@ def test_adapter_on_a_merged_adapter_loads_with_plain_peft(tiny_policy, tiny_tok
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 def test_scalar_model_round_trip(tiny_policy, tiny_tokenizer, tmp_path, adapted):
     torch.manual_seed(0)
-    model = load_scalar_model(tiny_policy)
+    model = start_scalar_model(tiny_policy)
     if adapted:
         model = add_lora(model, LORA)
         randomize_adapter(model)
@@ -258,13 +258,6 @@ def test_other_architectures_reach_backbone_and_head(tiny_tokenizer):
             logprobs = response_logprobs(model, ids, mask, torch.ones(1, 3).bool(), temperature=1.0)
         expected = plain_logprobs(model, PROMPT + RESPONSE)[-3:]
         torch.testing.assert_close(logprobs[0], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_scaled_logits_are_refused(tiny_policy):
-    model = load_policy(tiny_policy)
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match="logits_scaling"):
-        lm_head(model)
 
 
 def test_bad_models(tiny_policy, tmp_path):
