@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor, nn
 
 from fastrl.heads import base_model, decoder, lm_head
-from fastrl.scalars import CLASSIFIER, check_score_head, claims_score_head, saved_score, with_scalar_head
-from fastrl.weights import check_config, check_loaded
+from fastrl.scalars import CLASSIFIER, check_score_head, claims_score_head, saved_score, set_pad_token, with_scalar_head
+from fastrl.weights import check_config, check_loaded, check_policy_adapter
 
 KINDS = {
     transformers.AutoModelForCausalLM: (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "a causal language model"),
@@ -98,6 +98,7 @@ def load_policy(
     path, device = _existing(path), usable_device(device)
     if not is_adapter(path):
         return _from_pretrained(transformers.AutoModelForCausalLM, path, dtype).to(device).eval()
+    check_policy_adapter(path)
     base = load_policy(adapter_base(path), dtype=dtype, device=device)
     return _merged(base, path)
 
@@ -230,10 +231,17 @@ def token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Ten
 
 
 def last_token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) fp32 score on each row's last kept token, found by the mask: any padding side, pad == eos, no eos."""
+    """(B,) fp32 score on each row's last kept token, on any padding side, with or without eos.
+
+    As transformers' classifiers do, a token that is the config's pad token is passed over, so that a foreign reward
+    model which was trained with pad == eos gives its own scores; ours have a pad token that ends no response.
+    """
     hidden = final_hidden(scalar_model, input_ids, attention_mask)  # (B, T, H)
+    kept, pad = attention_mask.bool(), base_model(scalar_model).config.get_text_config().pad_token_id
+    if pad is not None:
+        kept = kept & (input_ids != pad)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = (columns * attention_mask.long()).argmax(-1)  # (B,)
+    last = (columns * kept).argmax(-1)  # (B,)
     return _scores(scalar_model, hidden[torch.arange(len(last), device=last.device), last])
 
 
@@ -351,6 +359,8 @@ def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -
     model: Any = _merged(base, path)
     if score is not None:
         model.score.weight.data = score.to(model.score.weight)
+    if (Path(path) / "tokenizer_config.json").is_file():
+        set_pad_token(model, load_tokenizer(path))
     score_file = Path(path) / SCORE_FILE
     for name, value in (json.loads(score_file.read_text()) if score_file.is_file() else {}).items():
         setattr(model.config, name, value)

@@ -153,7 +153,8 @@ class Comparison:
 
 def probe_tokens(model: Any, tokenizer: Any) -> Tensor:
     """(2, T) ordinary token ids, spread over the vocabulary; the rows differ in the last one."""
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, tokenizer.pad_token_id}
+    pad = base_model(model).config.get_text_config().pad_token_id
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, tokenizer.pad_token_id, pad}
     usable = sorted(set(tokenizer.get_vocab().values()) - special) or [0]
     chosen = [usable[i * (len(usable) - 1) // LENGTH] for i in range(LENGTH + 1)]
     return torch.tensor([chosen[:-1], [*chosen[:-2], chosen[-1]]], device=model.device)

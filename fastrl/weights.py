@@ -62,6 +62,14 @@ def check_loaded(path: str, model: Any, info: dict[str, Any]) -> None:
         )
 
 
+def check_policy_adapter(path: str | Path) -> None:
+    """Raise ValueError if an adapter folder holds a head that no language model has."""
+    names = weight_names(path)
+    for head, owner in ((".score.", "a reward model"), ("v_head.", "TRL's PPO, a value head")):
+        if found := [name for name in names if head in name]:
+            raise ValueError(f"{path}: expected an adapter of a language model, got {_some(found)}: of {owner}")
+
+
 def check_sizes(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError if the tokenizer has ids for which the model `path` has no row, in its embedding or its head."""
     placeholders = {getattr(tokenizer, f"{kind}_token_id", None) for kind in PLACEHOLDERS}
