@@ -64,6 +64,7 @@ ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"attn_layer_indices": [1, 3]},
     {"attention_types": [[["global", "local"], 2]]},
     {"num_heads": 8, "head_dim": 8},
+    {"num_experts_per_tok": 1},
 )
 
 
@@ -85,8 +86,8 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
     known = {name: value for name, value in known.items() if "soft" not in name or getattr(default, name)}
     for name, part in config_class.sub_configs.items():
         if name in fields and getattr(part, "model_type", None) and isinstance(getattr(default, name, None), part):
-            known[name] = tiny_config(part)
-    return config_class(**{**known, **overrides})
+            known[name] = tiny_config(part, **overrides)
+    return config_class(**{**known, **{name: value for name, value in overrides.items() if name in fields}})
 
 
 def randomised(config: Any) -> Any:
