@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -205,20 +206,26 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+@cache
+def arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments that a function takes."""
+    return frozenset(inspect.signature(function).parameters)
+
+
 def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed.
 
     Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
     their hidden states are moved back. What a position that is not kept returns is unspecified.
     """
-    backbone = decoder(model)
+    backbone: Any = decoder(model)
     lengths = attention_mask.sum(-1)
     width = max(int(lengths.max()), 1)
     columns = torch.arange(width, device=input_ids.device)
     kept_first = attention_mask.logical_not().long().argsort(dim=-1, stable=True)[:, :width]
     compact = torch.where(columns < lengths[:, None], input_ids.gather(1, kept_first), 0)  # (B, W)
     inputs = {"input_ids": compact}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
+    if "position_ids" in arguments(type(backbone).forward):
         inputs["position_ids"] = columns.expand_as(compact)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])

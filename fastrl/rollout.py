@@ -8,7 +8,6 @@ turn negative.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from fastrl.data import pad
 from fastrl.heads import base_model, lm_head
-from fastrl.models import context_length, final_hidden, position_ids
+from fastrl.models import arguments, context_length, final_hidden, position_ids
 from fastrl.templates import end_token_id
 
 NO_CACHE = "fastrl_samples_without_cache"  # attribute of models whose cache is not usable
@@ -111,11 +110,11 @@ def next_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tens
     With a cache from the call before, the model reads the last column alone. A model that is marked as one that samples
     without a cache (`fastrl.probe` does it) gets none and reads the whole rows every time.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     if getattr(base, NO_CACHE, False):
         return lm_head(model).logits(final_hidden(model, ids, mask)[:, -1]), None
     new = ids.shape[1] if cache is None else 1
-    accepted = inspect.signature(base.forward).parameters
+    accepted = arguments(type(base).forward)
     inputs = {"position_ids": position_ids(mask)[:, -new:], "logits_to_keep": 1}
     output = model(
         input_ids=ids[:, -new:],
