@@ -19,6 +19,7 @@ from fastrl.formats import Message
 from fastrl.models import context_length, default_device, load_policy
 from fastrl.rollout import find_stop_token_ids
 from fastrl.templates import TEMPLATES, encode_prompt
+from fastrl.weights import check_sizes
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     transformers.set_seed(options.seed)
     tokenizer = find_tokenizer(options.model)
     model = load_policy(options.model, dtype=options.dtype, device=options.device)
+    check_sizes(model, tokenizer, options.model)
     stops = find_stop_token_ids(tokenizer, model)
     if options.stop:
         stops += find_stop_token_ids(tokenizer, model, options.stop)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 
 from fastrl.checkpoint import save_model
 from fastrl.models import adapter_base, is_adapter, load_policy, load_scalar_model, load_tokenizer
+from fastrl.scalars import claims_score_head
+from fastrl.weights import check_sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -53,8 +54,9 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
         raise ValueError(f"export: out: {folder} is not empty; name another folder or give --overwrite")
 
     tokenizer = find_tokenizer(model)
-    load = load_scalar_model if is_reward_model(model) else load_policy
+    load = load_scalar_model if claims_score_head(model) else load_policy
     merged: Any = load(model, dtype="float32")
+    check_sizes(merged, tokenizer, model)
     merged = merged.to(DTYPES[dtype] if dtype else stored_dtype(model))
     stale = [file for pattern in MODEL_FILES for file in folder.glob(pattern)]
     for file in stale:  # an old shard or adapter_config.json would be loaded with the new weights
@@ -67,14 +69,6 @@ def find_tokenizer(path: str) -> Any:
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         return find_tokenizer(adapter_base(path))
     return load_tokenizer(path)
-
-
-def is_reward_model(path: str) -> bool:
-    """Whether the folder or hub id holds a sequence classifier, or an adapter for one."""
-    if is_adapter(path):
-        return peft.PeftConfig.from_pretrained(path).task_type == "SEQ_CLS"
-    names = transformers.AutoConfig.from_pretrained(path).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def stored_dtype(path: str) -> torch.dtype:

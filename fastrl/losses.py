@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.data import Example, Preference, pad
-from fastrl.models import final_hidden, last_token_scores, lm_head
+from fastrl.heads import lm_head
+from fastrl.models import final_hidden, last_token_scores
 from fastrl.ops import linear_cross_entropy, linear_logprobs, ranking_loss
 
 Item = TypeVar("Item")
@@ -75,11 +76,9 @@ def sft_loss(model: nn.Module, batch: SFTBatch, *, denominator: int) -> Tensor:
         hidden,
         head.weight,
         batch.input_ids[:, 1:],
-        bias=head.bias,
-        lora=head.lora,
         mask=batch.loss_mask[:, 1:],
-        softcap=head.softcap,
         denominator=denominator,
+        **head.options(),
     )
 
 
@@ -91,10 +90,8 @@ def sft_logprobs(model: nn.Module, batch: SFTBatch) -> Tensor:
         hidden,
         head.weight,
         batch.input_ids[:, 1:],
-        bias=head.bias,
-        lora=head.lora,
         mask=batch.loss_mask[:, 1:],
-        softcap=head.softcap,
+        **head.options(),
     )
     return cast(Tensor, logprobs)
 

@@ -7,21 +7,31 @@ around them.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import peft
 import torch
 import transformers
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastrl.heads import base_model, decoder, lm_head
+from fastrl.scalars import CLASSIFIER, check_score_head, claims_score_head, saved_score, set_pad_token, with_scalar_head
+from fastrl.weights import check_config, check_loaded, check_policy_adapter
+
+KINDS = {
+    transformers.AutoModelForCausalLM: (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "a causal language model"),
+    transformers.AutoModelForSequenceClassification: (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        CLASSIFIER,
+    ),
+}
+TRAIN_ONE = "train one with `fastrl reward`"
 ADAPTER_CONFIG = "adapter_config.json"
 SCORE_FILE = "fastrl_score.json"
 SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
@@ -34,23 +44,6 @@ class LoRASettings(NamedTuple):
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-
-
-class LoRAHead(NamedTuple):
-    """Adapter on the output head: logits += (hidden @ lora_a.T) @ lora_b.T * scaling."""
-
-    lora_a: Tensor  # (r, H)
-    lora_b: Tensor  # (V, r)
-    scaling: float
-
-
-class Head(NamedTuple):
-    """Output head of a causal LM: logits = hidden @ weight.T + bias (+ adapter), softcapped if softcap is set."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None
-    lora: LoRAHead | None
-    softcap: float | None
 
 
 def default_device() -> str:
@@ -106,6 +99,7 @@ def load_policy(
     path, device = _existing(path), usable_device(device)
     if not is_adapter(path):
         return _from_pretrained(transformers.AutoModelForCausalLM, path, dtype).to(device).eval()
+    check_policy_adapter(path)
     base = load_policy(adapter_base(path), dtype=dtype, device=device)
     return _merged(base, path)
 
@@ -113,27 +107,36 @@ def load_policy(
 def load_scalar_model(
     path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """Sequence-classification model with one fp32 output per position: a reward model or a critic.
+    """Reward model of a folder or hub id, with its own head, which is fp32, and its score bias, in eval mode.
 
-    From a causal LM: its backbone and a fresh head N(0, 1 / sqrt(H + 1)) drawn from torch's global
-    generator. From a reward model (full folder or adapter folder, which is merged): with its head
-    and its score bias.
+    An adapter folder is loaded and merged into its base, which may be a causal LM if the adapter brings the head.
+
+    Raises:
+        ValueError: there is no head, or it has more outputs than one.
     """
     path, device = _existing(path), usable_device(device)
-    if is_adapter(path) and _adapter_config(path).get("task_type") == "SEQ_CLS":
-        model = _merged(load_scalar_model(adapter_base(path), dtype=dtype, device=device), path)
-        score_file = Path(path) / SCORE_FILE
-        for name, value in (json.loads(score_file.read_text()) if score_file.is_file() else {}).items():
-            setattr(model.config, name, value)
-    elif not is_adapter(path) and _is_scalar_checkpoint(path):
-        model = _from_pretrained(transformers.AutoModelForSequenceClassification, path, dtype, num_labels=1)
-        model = model.to(device)
+    if is_adapter(path):
+        model = _scalar_adapter(path, dtype, device)
+    elif claims_score_head(path):
+        model = _from_pretrained(transformers.AutoModelForSequenceClassification, path, dtype).to(device)
     else:
-        model = _with_scalar_head(load_policy(path, dtype=dtype, device=device))
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise ValueError(f"{path}: expected a {type(model).__name__} with a linear head `score`, got none")
+        raise ValueError(f"{path}: expected a reward model, got a language model without a score head; {TRAIN_ONE}")
+    check_score_head(model, path)
     model.score.float()
     return model.eval()
+
+
+def start_scalar_model(
+    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> transformers.PreTrainedModel:
+    """What reward training starts from: a reward model as it is, or a causal LM's backbone with a fresh head.
+
+    The head is N(0, 1 / sqrt(H + 1)), drawn from torch's global generator.
+    """
+    path = _existing(path)
+    if claims_score_head(path):
+        return load_scalar_model(path, dtype=dtype, device=device)
+    return with_scalar_head(load_policy(path, dtype=dtype, device=device)).eval()
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -198,15 +201,15 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
     return adapted
 
 
-def base_model(model: nn.Module) -> transformers.PreTrainedModel:
-    """The transformers model inside a PEFT wrapper (adapters stay in place), or the model itself."""
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    return cast(transformers.PreTrainedModel, inner)
-
-
 def position_ids(attention_mask: Tensor) -> Tensor:
     """(B, T) position of each kept token among its row's kept tokens; 0 on padding, either side."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@cache
+def arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments that a function takes."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -215,41 +218,18 @@ def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
     their hidden states are moved back. What a position that is not kept returns is unspecified.
     """
-    backbone = base_model(model).get_decoder()
+    backbone: Any = decoder(model)
     lengths = attention_mask.sum(-1)
     width = max(int(lengths.max()), 1)
     columns = torch.arange(width, device=input_ids.device)
     kept_first = attention_mask.logical_not().long().argsort(dim=-1, stable=True)[:, :width]
     compact = torch.where(columns < lengths[:, None], input_ids.gather(1, kept_first), 0)  # (B, W)
     inputs = {"input_ids": compact}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
+    if "position_ids" in arguments(type(backbone).forward):
         inputs["position_ids"] = columns.expand_as(compact)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, places)
-
-
-def lm_head(model: nn.Module) -> Head:
-    """Weights of the output head, with the active adapter on it: LoRA, or a head that is trained
-    whole.
-
-    Raises:
-        ValueError: the head is missing, or does something that the fused log-probabilities do not.
-    """
-    base = base_model(model)
-    config = base.config.get_text_config()
-    for field in ("logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(f"lm_head: config.{field}: expected 1, got {getattr(config, field)}; unsupported")
-    head = base.get_output_embeddings()
-    lora = None
-    if isinstance(head, ModulesToSaveWrapper):
-        head = head.original_module if head.disable_adapters else head.modules_to_save[_only(head.active_adapters)]
-    elif isinstance(head, LoraLayer):
-        lora, head = _head_adapter(head), head.get_base_layer()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"lm_head: output head: expected nn.Linear, got {type(head).__name__}")
-    return Head(head.weight, head.bias, lora, getattr(config, "final_logit_softcapping", None))
 
 
 def token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -258,10 +238,17 @@ def token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Ten
 
 
 def last_token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) fp32 score on each row's last kept token, found by the mask: any padding side, pad == eos, no eos."""
+    """(B,) fp32 score on each row's last kept token, on any padding side, with or without eos.
+
+    As transformers' classifiers do, a token that is the config's pad token is passed over, so that a foreign reward
+    model which was trained with pad == eos gives its own scores; ours have a pad token that ends no response.
+    """
     hidden = final_hidden(scalar_model, input_ids, attention_mask)  # (B, T, H)
+    kept, pad = attention_mask.bool(), base_model(scalar_model).config.get_text_config().pad_token_id
+    if pad is not None:
+        kept = kept & (input_ids != pad)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = (columns * attention_mask.long()).argmax(-1)  # (B,)
+    last = (columns * kept).argmax(-1)  # (B,)
     return _scores(scalar_model, hidden[torch.arange(len(last), device=last.device), last])
 
 
@@ -298,12 +285,10 @@ def response_logprobs(
         hidden,
         head.weight,
         input_ids[:, start:],
-        bias=head.bias,
-        lora=head.lora,
         mask=response_mask,
         temperature=temperature,
-        softcap=head.softcap,
         return_entropy=return_entropy,
+        **head.options(),
     )
 
 
@@ -313,21 +298,6 @@ def _scores(scalar_model: nn.Module, hidden: Tensor) -> Tensor:
     dtype = next(head.parameters()).dtype
     scores = head(hidden.to(dtype)).squeeze(-1).float()
     return scores - getattr(base.config, "fastrl_score_bias", 0.0)
-
-
-def _head_adapter(layer: Any) -> LoRAHead | None:
-    if layer.disable_adapters or layer.merged or not layer.active_adapters:
-        return None
-    name = _only(layer.active_adapters)
-    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
-        raise ValueError("lm_head: lora_dropout: expected 0 on an adapted output head, got a positive one")
-    return LoRAHead(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-
-
-def _only(active_adapters: list[str]) -> str:
-    if len(active_adapters) != 1:
-        raise ValueError(f"lm_head: active adapters: expected one, got {list(active_adapters)}")
-    return active_adapters[0]
 
 
 @contextmanager
@@ -363,16 +333,44 @@ def _existing(path: str | Path) -> str:
     return str(Path(path).expanduser()) if looks_local else str(path)
 
 
-def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **options: Any) -> Any:
-    options |= {"dtype": torch_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
+def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype) -> Any:
     with quiet_transformers():
-        model, info = auto_class.from_pretrained(path, **options)
+        config = transformers.AutoConfig.from_pretrained(path)
+        check_config(path, config, *KINDS[auto_class])
+        model, info = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=torch_dtype(dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loaded names them
+        )
     if getattr(model, "peft_config", None):
         raise ValueError(f"{path}: expected a model, got an adapter on the hub; download it and give its folder")
-    if info["missing_keys"]:
+    check_loaded(path, model, info)
+    return model
+
+
+def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -> Any:
+    """Base and adapter merged; the head is the adapter's own where it brings one, else the base's."""
+    score, base_path = saved_score(path), _existing(adapter_base(path))
+    if claims_score_head(base_path):
+        base = load_scalar_model(base_path, dtype=dtype, device=device)
+    elif score is None:
         raise ValueError(
-            f"{path}: expected the weights of a {type(model).__name__}, missing {sorted(info['missing_keys'])[:4]}"
+            f"{path}: expected a reward model, got an adapter without a score head: adapter_model.safetensors has no"
+            f" `score.weight`, and its base {base_path} is a language model; {TRAIN_ONE}"
         )
+    else:
+        base = with_scalar_head(load_policy(base_path, dtype=dtype, device=device))
+    model: Any = _merged(base, path)
+    if score is not None:
+        model.score.weight.data = score.to(model.score.weight)
+    if (Path(path) / "tokenizer_config.json").is_file():
+        set_pad_token(model, load_tokenizer(path))
+    score_file = Path(path) / SCORE_FILE
+    for name, value in (json.loads(score_file.read_text()) if score_file.is_file() else {}).items():
+        setattr(model.config, name, value)
     return model
 
 
@@ -385,29 +383,6 @@ def _merged(base: transformers.PreTrainedModel, path: str) -> transformers.PreTr
         del model.peft_config
     model.config._name_or_path = model.name_or_path = path
     return model.eval()
-
-
-def _with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-    setattr(model, model.base_model_prefix, policy.base_model)
-    model.score = fresh_scalar_head(config.get_text_config().hidden_size).to(policy.device)
-    model.config._name_or_path = model.name_or_path = policy.config._name_or_path
-    return model
-
-
-def fresh_scalar_head(hidden_size: int) -> nn.Linear:
-    """Linear(hidden_size, 1) without bias, weights N(0, 1 / sqrt(hidden_size + 1)), fp32 (Ziegler et al. 2019)."""
-    head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
-    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
-    return head
-
-
-def _is_scalar_checkpoint(path: str) -> bool:
-    config = transformers.AutoConfig.from_pretrained(path)
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def _adapter_config(path: str | Path) -> dict[str, Any]:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.data import pad
-from fastrl.models import context_length, position_ids
+from fastrl.heads import base_model, lm_head
+from fastrl.models import arguments, context_length, final_hidden, position_ids
 from fastrl.templates import end_token_id
 
+NO_CACHE = "fastrl_samples_without_cache"  # attribute of models whose cache is not usable
 RESHAPING = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -100,6 +102,28 @@ def sample_tokens(
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return drawn.clamp_(max=probs.shape[-1] - 1)
+
+
+def next_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """(b, V) logits of the token after each left-padded row of `ids` (b, T), and the cache for the next call.
+
+    With a cache from the call before, the model reads the last column alone. A model that is marked as one that samples
+    without a cache (`fastrl.probe` does it) gets none and reads the whole rows every time.
+    """
+    base: Any = base_model(model)
+    if getattr(base, NO_CACHE, False):
+        return lm_head(model).logits(final_hidden(model, ids, mask)[:, -1]), None
+    new = ids.shape[1] if cache is None else 1
+    accepted = arguments(type(base).forward)
+    inputs = {"position_ids": position_ids(mask)[:, -new:], "logits_to_keep": 1}
+    output = model(
+        input_ids=ids[:, -new:],
+        attention_mask=mask.long(),
+        past_key_values=cache,
+        use_cache=True,
+        **{name: value for name, value in inputs.items() if name in accepted},
+    )
+    return output.logits[:, -1], output.past_key_values
 
 
 def fit_prompts(prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens: int) -> list[list[int]]:
@@ -191,29 +215,12 @@ def rollout(
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
     rows = torch.arange(len(prompts), device=model.device)  # rows of the batch that still run
     with evaluating(model):
-        tokens, mask, positions, cache = (
-            prompt_ids,
-            prompt_mask,
-            position_ids(prompt_mask),
-            None,
-        )
+        ids, mask, cache = prompt_ids, prompt_mask, None
         for t in range(max_new_tokens):
-            output = model(
-                input_ids=tokens,
-                attention_mask=mask.long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            tokens = sample_tokens(
-                output.logits[:, -1],
-                temperature=temperature,
-                greedy=greedy,
-                generator=generator,
-            )
+            logits, cache = next_logits(model, ids, mask, cache)
+            tokens = sample_tokens(logits, temperature=temperature, greedy=greedy, generator=generator)
             responses[rows, t] = tokens[:, 0]
+            ids, mask = torch.cat([ids, tokens], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             ended = torch.isin(tokens[:, 0], stop)
             if ended.any():
                 lengths[rows[ended]] = t + 1
@@ -221,10 +228,9 @@ def rollout(
                 if ended.all():
                     break
                 running = (~ended).nonzero()[:, 0]
-                cache.batch_select_indices(running)
-                rows, tokens, mask, positions = (x[running] for x in (rows, tokens, mask, positions))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+                rows, ids, mask = (x[running] for x in (rows, ids, mask))
+                if cache is not None:
+                    cache.reorder_cache(running)  # batch_select_indices leaves recurrent states as they are
 
     responses = responses[:, : int(lengths.max())]
     response_mask = torch.arange(responses.shape[1], device=model.device) < lengths[:, None]

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-OWN_JOBS = ("sanitize", "ptxas")  # marks of tests that compile much
+OWN_JOBS = ("sanitize", "ptxas", "families")  # marks of tests that compile or build much
 
 
 def pytest_collection_modifyitems(config, items):

@@ -20,6 +20,7 @@ from fastrl.models import (
     load_scalar_model,
     load_tokenizer,
 )
+from fastrl.probe import check_policy, check_scalar
 from fastrl.rollout import Trajectory
 from fastrl.train.ppo_batch import response_scores, response_values, sampled_logprobs
 
@@ -60,7 +61,9 @@ def load_roles(cfg: PPOConfig, tokenizer: Any) -> Roles:
             " got another vocabulary; train the reward model from the same base model"
         )
     policy: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    check_policy(policy, tokenizer, cfg.model)
     critic: Any = load_scalar_model(cfg.reward_model, dtype=cfg.dtype, device=cfg.device)
+    check_scalar(critic, tokenizer, cfg.reward_model)
     if cfg.lora_rank == 0:
         reference, reward_model = (copy.deepcopy(model).requires_grad_(False).eval() for model in (policy, critic))
         return Roles(policy.eval(), reference, critic.eval(), reward_model)

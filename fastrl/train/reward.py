@@ -33,12 +33,14 @@ from fastrl.models import (
     check_context,
     default_device,
     last_token_scores,
-    load_scalar_model,
     load_tokenizer,
+    start_scalar_model,
 )
 from fastrl.ops import ranking_loss
 from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.probe import check_scalar
 from fastrl.resume import Run, step_seed
+from fastrl.scalars import pad_apart, set_pad_token
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,11 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
 
     # 2 model and tokenizer
     tokenizer = load_tokenizer(cfg.model)
-    model: Any = load_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    model: Any = start_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    pad_apart(tokenizer, cfg.template)
+    set_pad_token(model, tokenizer)
+    check_scalar(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
-    # transformers' own pooling looks for pad ids: with pad == eos it would skip the real last token
-    shared_pad = tokenizer.pad_token_id == tokenizer.eos_token_id
-    model.config.pad_token_id = None if shared_pad else tokenizer.pad_token_id
     if cfg.lora_rank > 0:
         save_merged_base(model, tokenizer, cfg.output)
         model = add_lora(

@@ -35,6 +35,7 @@ from fastrl.models import (
     load_tokenizer,
 )
 from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.probe import check_policy
 from fastrl.resume import Run, step_seed
 from fastrl.rollout import decode_responses, rollout
 
@@ -133,6 +134,7 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
     # 2 model and tokenizer
     tokenizer = load_tokenizer(cfg.model)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    check_policy(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
     if cfg.lora_rank > 0:
         save_merged_base(model, tokenizer, cfg.output)

@@ -4,28 +4,37 @@ log-probabilities, folders.
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 
 import peft
 import pytest
 import torch
 import transformers
+from families import byte_tokenizer, randomised, tiny_config
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
+from fastrl.heads import lm_head
 from fastrl.models import (
     LoRASettings,
     add_lora,
     final_hidden,
     last_token_scores,
-    lm_head,
     load_policy,
     load_scalar_model,
     load_tokenizer,
     position_ids,
     response_logprobs,
+    start_scalar_model,
     token_scores,
 )
 from fastrl.optim import NonFiniteError, check_finite, make_optimizer, make_schedule, optimizer_step
+from fastrl.probe import check_scalar
+from fastrl.scalars import pad_apart
 
 LORA = LoRASettings(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
 PROMPT, RESPONSE = [5, 6, 7, 8], [9, 10, 1]
@@ -156,7 +165,7 @@ def test_score_bias_is_subtracted_and_zero_is_a_score(tiny_scalar):
 
 def test_scalar_model_from_a_causal_lm(tiny_policy, capfd):
     torch.manual_seed(0)
-    model = load_scalar_model(tiny_policy)
+    model = start_scalar_model(tiny_policy)
     policy = load_policy(tiny_policy)
     ids, mask = padded([[5, 6, 7]], "right", 4)
     with torch.no_grad():
@@ -170,8 +179,7 @@ def test_scalar_model_from_a_causal_lm(tiny_policy, capfd):
 
 
 def test_bf16_scalar_model_keeps_an_fp32_head(tiny_policy, tiny_scalar):
-    for folder in (tiny_policy, tiny_scalar):
-        model = load_scalar_model(folder, dtype="bfloat16")
+    for model in (start_scalar_model(tiny_policy, dtype="bfloat16"), load_scalar_model(tiny_scalar, dtype="bfloat16")):
         ids, mask = padded([[5, 6, 7]], "right", 4)
         assert model.score.weight.dtype == torch.float32
         assert next(model.model.parameters()).dtype == torch.bfloat16
@@ -215,7 +223,7 @@ def test_adapter_on_a_merged_adapter_loads_with_plain_peft(tiny_policy, tiny_tok
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 def test_scalar_model_round_trip(tiny_policy, tiny_tokenizer, tmp_path, adapted):
     torch.manual_seed(0)
-    model = load_scalar_model(tiny_policy)
+    model = start_scalar_model(tiny_policy)
     if adapted:
         model = add_lora(model, LORA)
         randomize_adapter(model)
@@ -258,13 +266,6 @@ def test_other_architectures_reach_backbone_and_head(tiny_tokenizer):
             logprobs = response_logprobs(model, ids, mask, torch.ones(1, 3).bool(), temperature=1.0)
         expected = plain_logprobs(model, PROMPT + RESPONSE)[-3:]
         torch.testing.assert_close(logprobs[0], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_scaled_logits_are_refused(tiny_policy):
-    model = load_policy(tiny_policy)
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match="logits_scaling"):
-        lm_head(model)
 
 
 def test_bad_models(tiny_policy, tmp_path):
@@ -348,3 +349,143 @@ def test_checkpoints_are_pruned_and_never_hold_nan(tiny_policy, tiny_tokenizer, 
         save_checkpoint(model, tiny_tokenizer, tmp_path, 4)
     assert last_checkpoint(tmp_path).name == "step-000003"
     assert transformers.AutoModelForCausalLM.from_pretrained(last_checkpoint(tmp_path)).lm_head is not None
+
+
+def changed_config(source, folder, **fields):
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+def with_weights(source, folder, **tensors):
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_hidden_layers": 3}, "config.json: num_hidden_layers: expected 2, as the weights have, got 3"),
+        ({"num_hidden_layers": 1}, "config.json: num_hidden_layers: expected 2, as the weights have, got 1"),
+        ({"vocab_size": 300}, "config.json: vocab_size: expected 259, as the weights have, got 300"),
+        ({"intermediate_size": 96}, "config.json: intermediate_size: expected 64, as the weights have, got 96"),
+        ({"pad_token_id": 259}, "config.json: pad_token_id: expected less than vocab_size, 259, got 259"),
+        ({"model_type": "t5"}, "expected a causal language model, got model_type 't5'"),
+    ],
+)
+def test_a_config_that_disagrees_with_its_weights_is_refused_in_its_own_words(tiny_policy, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_policy(changed_config(tiny_policy, tmp_path / "m", **fields))
+
+
+def test_unknown_weights_are_named(tiny_policy, tiny_scalar, tmp_path):
+    """TRL's value heads, and any other weight that would be left out."""
+    value_head = with_weights(tiny_policy, tmp_path / "v", **{"v_head.summary.weight": torch.zeros(1, 32)})
+    with pytest.raises(ValueError, match="unexpected weights v_head.summary.weight: a value head"):
+        load_policy(value_head)
+    other = with_weights(tiny_policy, tmp_path / "o", **{"model.extra.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="LlamaForCausalLM: unexpected weights model.extra.weight"):
+        load_policy(other)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification: unexpected weights more.weight"):
+        load_scalar_model(with_weights(tiny_scalar, tmp_path / "s", **{"more.weight": torch.zeros(1)}))
+
+
+def test_only_reward_training_makes_a_head(tiny_policy, tiny_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="expected a reward model, got a language model without a score head"):
+        load_scalar_model(tiny_policy)
+    save_model(add_lora(load_policy(tiny_policy), LORA), tiny_tokenizer, tmp_path / "sft")
+    with pytest.raises(ValueError, match="expected a reward model, got .* without a score head"):
+        load_scalar_model(tmp_path / "sft")
+    assert start_scalar_model(tmp_path / "sft").score.out_features == 1
+
+
+def reward_adapter(policy, tokenizer, folder, **options):
+    """A reward adapter as TRL and PEFT save it; returns the model."""
+    torch.manual_seed(2)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(policy, **{"num_labels": 1, **options})
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    model = peft.get_peft_model(base, config)
+    randomize_adapter(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def own_scores(model, sequences):
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([sequence])).logits[:, 0] for sequence in sequences])
+
+
+SEQUENCES = [[5, 6, 7, 1], [8, 9, 10, 11, 12, 1]]
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_a_foreign_reward_adapter_gives_its_scores(tiny_policy, tiny_tokenizer, tmp_path, task_type):
+    """The head that was saved is used, also where the config has lost the task."""
+    model = reward_adapter(tiny_policy, tiny_tokenizer, tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "adapter_config.json").read_text())
+    changed = {**config, "task_type": task_type, "modules_to_save": ["score"] if task_type else None}
+    (tmp_path / "r" / "adapter_config.json").write_text(json.dumps(changed))
+    with torch.no_grad():
+        scores = last_token_scores(load_scalar_model(tmp_path / "r"), *padded(SEQUENCES, "right", 8))
+    torch.testing.assert_close(scores, own_scores(model, SEQUENCES), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected an adapter of a language model, got .*score"):
+        load_policy(tmp_path / "r")
+
+
+def test_an_adapter_that_lost_its_head_is_refused(tiny_policy, tiny_scalar, tiny_tokenizer, tmp_path):
+    reward_adapter(tiny_policy, tiny_tokenizer, tmp_path / "r")
+    file = tmp_path / "r" / "adapter_model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if "score" not in name}, file)
+    for load in (load_scalar_model, start_scalar_model):
+        with pytest.raises(ValueError, match="an adapter without a score head: adapter_model.safetensors has no"):
+            load(tmp_path / "r")
+
+
+def test_a_classifier_of_two_labels_is_no_reward_model(tiny_policy, tiny_tokenizer, tmp_path):
+    model = reward_adapter(tiny_policy, tiny_tokenizer, tmp_path / "adapter", num_labels=2)
+    model.merge_and_unload().save_pretrained(tmp_path / "full")
+    for folder in ("adapter", "full"):
+        for load in (load_scalar_model, start_scalar_model):
+            with pytest.raises(ValueError, match="2 outputs, expected 1"):
+                load(tmp_path / folder)
+
+
+def test_a_projected_backbone_gets_a_head_of_its_width(tmp_path):
+    """OPT-350m: the head stands on word_embed_proj_dim values, not on hidden_size."""
+    model = randomised(tiny_config(transformers.OPTConfig, word_embed_proj_dim=16))
+    model.save_pretrained(tmp_path)
+    scalar = start_scalar_model(tmp_path)
+    assert scalar.score.in_features == 16
+    check_scalar(scalar, byte_tokenizer(), tmp_path)
+
+
+def test_pad_apart(tiny_tokenizer):
+    """A pad token that ends no response, so that transformers' classifiers find the last token."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    pad_apart(tokenizer)
+    assert tokenizer.pad_token == "<pad>"
+    tokenizer.pad_token = "<eos>"
+    pad_apart(tokenizer)
+    assert tokenizer.pad_token == "<bos>"
+    words = Tokenizer(WordLevel({"<eos>": 0, "a": 1, "b": 2}))
+    alone = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    pad_apart(alone)
+    assert alone.pad_token == "b"
+
+
+def test_a_foreign_reward_model_that_pads_with_eos_gives_its_scores(tiny_policy, tmp_path):
+    """Trained so, it never saw the score of eos: the token before it counts, in a batch as alone."""
+    torch.manual_seed(2)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_policy, num_labels=1).eval()
+    model.config.pad_token_id = 1
+    model.save_pretrained(tmp_path)
+    ids, mask = padded(SEQUENCES, "right", 8, pad=1)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
+        scores = last_token_scores(load_scalar_model(tmp_path), ids, mask)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, own_scores(model, SEQUENCES), atol=1e-5, rtol=1e-5)

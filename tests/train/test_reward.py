@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 import fastrl.train.reward as reward
 from fastrl.data import load_preferences
+from fastrl.export import export
 from fastrl.losses import ranking_batch, reward_loss
 from fastrl.models import last_token_scores, load_scalar_model, load_tokenizer
 from fastrl.optim import NonFiniteError
@@ -214,22 +215,30 @@ def test_normalising_twice_is_normalising(tiny_scalar, preferences):
         reward.normalize_scores(model, torch.zeros(4))
 
 
-def test_pad_that_is_eos_never_misleads_plain_transformers(config, tiny_policy, tmp_path):
-    """pitfall 18: with pad == eos the saved config has no pad id, so eos is not skipped."""
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_plain_transformers_scores_a_batch_as_we_do(config, tiny_policy, tmp_path, rank):
+    """pitfall 18: of a tokenizer whose pad is its eos too; the saved one pads with what ends no response."""
     folder = tmp_path / "policy"
     transformers.AutoModelForCausalLM.from_pretrained(tiny_policy).save_pretrained(folder)
     tokenizer = load_tokenizer(tiny_policy)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", chat_template=tokenizer.chat_template
     ).save_pretrained(folder)
-    cfg = replace(config, model=str(folder), lora_rank=0)
+    cfg = replace(config, model=str(folder), lora_rank=rank)
     reward.main(cfg)
-    plain = transformers.AutoModelForSequenceClassification.from_pretrained(cfg.output)
-    ours, ids = load_scalar_model(cfg.output), torch.tensor([[5, 6, 7, tokenizer.eos_token_id]])
+    output = cfg.output
+    if rank:
+        output = export(output, tmp_path / "exported")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(output)
+    padded = transformers.AutoTokenizer.from_pretrained(output)(
+        ["ab<eos>", "longer<eos>"], padding=True, return_tensors="pt"
+    )
+    assert plain.config.num_labels == 1 and (padded["input_ids"][:, 2] == 1).tolist() == [True, False]
+    ours = load_scalar_model(cfg.output)
     with torch.no_grad():
-        expected = plain(ids).logits[0, 0] - ours.config.fastrl_score_bias
-        score = last_token_scores(ours, ids, torch.ones_like(ids).bool())
-    torch.testing.assert_close(score[0], expected, atol=1e-5, rtol=1e-5)
+        expected = plain(**padded).logits[:, 0] - ours.config.fastrl_score_bias
+        scores = last_token_scores(ours, padded["input_ids"], padded["attention_mask"])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_trains_on_from_an_adapter_of_a_policy(config, tiny_policy, tiny_tokenizer, tmp_path):

@@ -1,0 +1,115 @@
+"""Output heads of causal language models, as the fused log-probabilities need them: weights, adapter, scale, cap."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+# Fields of configs: the logits are multiplied by those of the first tuple and divided by those of the second.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)  # model types that use Granite's name the other way round
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
+
+class LoRAHead(NamedTuple):
+    """Adapter on the output head: logits += (hidden @ lora_a.T) @ lora_b.T * scaling."""
+
+    lora_a: Tensor  # (r, H)
+    lora_b: Tensor  # (V, r)
+    scaling: float
+
+
+class Head(NamedTuple):
+    """Output head of a causal LM: logits = cap((hidden @ weight.T + bias + adapter) * logit_scale)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None
+    lora: LoRAHead | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None  # cap(x) = softcap * tanh(x / softcap)
+
+    def options(self) -> dict[str, Any]:
+        """All but the weight, as keyword arguments of `linear_logprobs` and `linear_cross_entropy`."""
+        return {"bias": self.bias, "lora": self.lora, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) fp32 logits of hidden states (..., H)."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.lora is not None:
+            logits = logits + hidden @ self.lora.lora_a.T @ self.lora.lora_b.T * self.lora.scaling
+        logits = logits.float() * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def base_model(model: nn.Module) -> transformers.PreTrainedModel:
+    """The transformers model inside a PEFT wrapper (adapters stay in place), or the model itself."""
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return cast(transformers.PreTrainedModel, inner)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The backbone below the head, which gives the last hidden states."""
+    base: Any = base_model(model)
+    found = base.get_decoder()
+    if found is base or not isinstance(found, transformers.PreTrainedModel):  # what is called decoder may be the head
+        found = base.base_model if base.base_model is not base else base.model
+    return found
+
+
+def lm_head(model: nn.Module) -> Head:
+    """Weights of the output head, with the active adapter on it: LoRA, or a head that is trained
+    whole.
+
+    Raises:
+        ValueError: the head is missing, or is no linear layer.
+    """
+    base = base_model(model)
+    config = base.config.get_text_config()
+    head = base.get_output_embeddings()
+    lora = None
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.original_module if head.disable_adapters else head.modules_to_save[_only(head.active_adapters)]
+    elif isinstance(head, LoraLayer):
+        lora, head = _head_adapter(head), head.get_base_layer()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"lm_head: output head: expected nn.Linear, got {type(head).__name__}")
+    return Head(head.weight, head.bias, lora, logit_scale(config), softcap(config))
+
+
+def logit_scale(config: Any) -> float:
+    """Factor between `hidden @ weight.T` and the logits, from whatever field the family gives it in."""
+    if config.model_type == "mpt":  # has the field, does not apply it
+        return 1.0
+    factors = [getattr(config, field, None) or 1.0 for field in MULTIPLIERS]
+    divisors = [getattr(config, field, None) or 1.0 for field in DIVISORS]
+    if config.model_type.startswith(MULTIPLIED_BY_LOGITS_SCALING):
+        divisors[0] = 1 / divisors[0]
+    return math.prod(factors) / math.prod(divisors)
+
+
+def softcap(config: Any) -> float | None:
+    """Bound of the soft-capped logits; None where the family does not cap them."""
+    return next((cap for field in SOFTCAPS if (cap := getattr(config, field, None))), None)
+
+
+def _head_adapter(layer: Any) -> LoRAHead | None:
+    if layer.disable_adapters or layer.merged or not layer.active_adapters:
+        return None
+    name = _only(layer.active_adapters)
+    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
+        raise ValueError("lm_head: lora_dropout: expected 0 on an adapted output head, got a positive one")
+    return LoRAHead(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def _only(active_adapters: list[str]) -> str:
+    if len(active_adapters) != 1:
+        raise ValueError(f"lm_head: active adapters: expected one, got {list(active_adapters)}")
+    return active_adapters[0]

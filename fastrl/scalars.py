@@ -1,0 +1,118 @@
+"""Scalar heads: the layer `score` that makes a reward model or a critic of a backbone, on disk and in memory.
+
+Such models are ordinary sequence classifiers of transformers with one label, as TRL's reward models are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastrl.templates import end_token_id
+from fastrl.weights import check_config, weight_names
+
+CLASSIFIER = "a model with a sequence classification class, which reward models and critics are"
+
+
+def claims_score_head(path: str) -> bool:
+    """Whether a model or adapter folder, or hub id, is a reward model's: by its config, or by its weights.
+
+    An adapter is one if its task says so or if it saved a head; a full model if its config names a sequence classifier
+    or, where the config names nothing, if there is a head among its weights.
+    """
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS" or saved_score(path) is not None
+    names = transformers.AutoConfig.from_pretrained(path).architectures
+    if names:
+        return any(name.endswith("ForSequenceClassification") for name in names)
+    return "score.weight" in weight_names(path)
+
+
+def saved_score(adapter: str | Path) -> Tensor | None:
+    """(1, H) weight of the head that an adapter folder brings; None if it brings none.
+
+    Raises:
+        ValueError: the head has more outputs than one.
+    """
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
+    with safe_open(file, "pt") as tensors:
+        name = next((key for key in tensors.keys() if key.endswith(".score.weight")), None)
+        weight = tensors.get_tensor(name) if name else None
+    if weight is not None and weight.shape[0] != 1:
+        raise ValueError(f"{file}: {name}: {_one_output(weight.shape[0])}")
+    return weight
+
+
+def check_score_head(model: Any, path: str) -> None:
+    """Raise ValueError unless the model has a linear head `score` with one output."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{path}: expected a {type(model).__name__} with a linear head `score`, got none")
+    if head.out_features != 1:
+        raise ValueError(f"{path}: config.json: num_labels: {_one_output(head.out_features)}")
+
+
+def with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The classifier of the policy's family around the policy's own backbone, with a fresh head `score`."""
+    path = policy.config._name_or_path
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    check_config(path, config, transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, CLASSIFIER)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    backbone = getattr(policy, policy.base_model_prefix, None)
+    if type(getattr(model, model.base_model_prefix, None)) is not type(backbone):
+        raise ValueError(
+            f"{path}: {type(model).__name__}: expected the backbone of {type(policy).__name__}, got another;"
+            " no reward model can be made of this family"
+        )
+    setattr(model, model.base_model_prefix, backbone)
+    check_score_head(model, path)
+    model.score = fresh_scalar_head(model.score.in_features).to(policy.device)
+    model.config._name_or_path = model.name_or_path = path
+    return model
+
+
+def fresh_scalar_head(hidden_size: int) -> nn.Linear:
+    """Linear(hidden_size, 1) without bias, weights N(0, 1 / sqrt(hidden_size + 1)), fp32 (Ziegler et al. 2019)."""
+    head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
+    return head
+
+
+def pad_apart(tokenizer: Any, template: str = "auto") -> None:
+    """Give the tokenizer a pad token that ends no response, if it shares eos or the end of turn.
+
+    transformers' classifiers score the last token that is not a pad token: with a shared one they would skip the end.
+    Taken is unk or bos, else another special token, else the last of the vocabulary.
+    """
+    ends = {tokenizer.eos_token_id, end_token_id(tokenizer, template)}
+    if tokenizer.pad_token_id not in ends:
+        return
+    vocab = tokenizer.get_vocab()
+    others = [tokenizer.unk_token_id, tokenizer.bos_token_id, *sorted(tokenizer.added_tokens_decoder)]
+    others += sorted(vocab.values(), reverse=True)
+    pad = next(i for i in others if i is not None and i not in ends)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+
+
+def set_pad_token(model: Any, tokenizer: Any) -> None:
+    """Write the tokenizer's pad token into the config, where transformers' classifiers look for it."""
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _one_output(outputs: int) -> str:
+    return (
+        f"{outputs} outputs, expected 1: a reward model gives one score; a classifier over several labels is none:"
+        " train one with `fastrl reward`, or save it with num_labels=1"
+    )
