@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastrl.checkpoint import checkpoints
+from fastrl.masters import round_masters, trained
 
 STATE_FILE = "training_state.pt"
 FREE = ("resume", "output", "device")  # settings that may differ
@@ -38,7 +39,7 @@ class Run(NamedTuple):
         state = {
             "step": step,
             "settings": _fixed(self.settings),
-            "models": [_trainable(model) for model in self.models],
+            "models": [{name: tensor.detach() for name, tensor in trained(model)} for model in self.models],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
         }
@@ -64,18 +65,15 @@ class Run(NamedTuple):
         _check_settings(state["settings"], _fixed(self.settings), whole[-1].parent)
         for model, values in zip(self.models, state["models"], strict=True):
             with torch.no_grad():
-                for name, parameter in _trainable(model).items():
-                    parameter.copy_(values[name])
+                for name, tensor in trained(model):
+                    tensor.copy_(values[name])
+                round_masters(model)
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         for schedule, values in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(values)
         print(f"resume: going on after step {state['step']} from {whole[-1].parent}")
         return state["step"]
-
-
-def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _fixed(settings: Any) -> dict[str, Any]:
