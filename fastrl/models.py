@@ -22,6 +22,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastrl.merging import merge_adapter
+
 ADAPTER_CONFIG = "adapter_config.json"
 SCORE_FILE = "fastrl_score.json"
 SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
@@ -377,14 +379,8 @@ def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **opt
 
 
 def _merged(base: transformers.PreTrainedModel, path: str) -> transformers.PreTrainedModel:
-    if not (Path(path) / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"{path}/adapter_model.safetensors: not found; save the adapter as safetensors")
     with quiet_transformers():
-        model = peft.PeftModel.from_pretrained(base, path).merge_and_unload()
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    model.config._name_or_path = model.name_or_path = path
-    return model.eval()
+        return merge_adapter(base, path)
 
 
 def _with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
