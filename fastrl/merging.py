@@ -14,6 +14,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fastrl.folders import reading
+
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of names in an adapter's file
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of outputs, as a share of the largest
@@ -36,7 +38,8 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
-    config = peft.PeftConfig.from_pretrained(path)
+    with reading(path):
+        config = peft.PeftConfig.from_pretrained(path)
     _check_kind(config, base, path)
     shapes = _shapes(file)
     _check_layers(base, shapes, path)

@@ -22,6 +22,15 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastrl.folders import (
+    check_files,
+    check_has_tokenizer,
+    check_has_weights,
+    find_base,
+    read_config,
+    read_json,
+    reading,
+)
 from fastrl.merging import merge_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -85,7 +94,10 @@ def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
     path = _existing(path)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = _existing(adapter_base(path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if Path(path).is_dir():
+        check_has_tokenizer(Path(path))
+    with reading(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -152,7 +164,7 @@ def adapter_base(path: str | Path) -> str:
             " adapter's base model,"
             f" got {base!r}; write the base model's folder or hub id there"
         )
-    return base
+    return find_base(base, path)
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -362,12 +374,17 @@ def _existing(path: str | Path) -> str:
     looks_local = isinstance(path, Path) or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"model folder {path}: not found; give a folder in Hugging Face format or a hub id")
-    return str(Path(path).expanduser()) if looks_local else str(path)
+    path = str(Path(path).expanduser()) if looks_local else str(path)
+    if Path(path).is_dir():
+        check_files(Path(path))
+    return path
 
 
 def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype, **options: Any) -> Any:
     options |= {"dtype": torch_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
-    with quiet_transformers():
+    if Path(path).is_dir():
+        check_has_weights(Path(path))
+    with quiet_transformers(), reading(path):
         model, info = auto_class.from_pretrained(path, **options)
     if getattr(model, "peft_config", None):
         raise ValueError(f"{path}: expected a model, got an adapter on the hub; download it and give its folder")
@@ -402,9 +419,9 @@ def fresh_scalar_head(hidden_size: int) -> nn.Linear:
 
 
 def _is_scalar_checkpoint(path: str) -> bool:
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = read_config(path)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def _adapter_config(path: str | Path) -> dict[str, Any]:
-    return json.loads((Path(path) / ADAPTER_CONFIG).read_text())
+    return read_json(Path(path) / ADAPTER_CONFIG)

@@ -14,6 +14,7 @@ from fastrl.models import ADAPTER_CONFIG, adapter_base, is_adapter
 from fastrl.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
+SAMPLES = "samples.jsonl"
 PARTS = ("checkpoints", "base", "critic")  # folders that runs write into their output
 MARK = ".put_aside"
 
@@ -29,12 +30,12 @@ def check_output(settings: Any) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: expected a folder, got the file {settings.output}")
     for name in ("model", "reward_model"):
-        for read in _folders_of(getattr(settings, name, "")):
-            for written in (output, _aside(output)):
+        for read in model_folders(getattr(settings, name, "")):
+            for written, what in ((output, ""), (_aside(output), ", to which an earlier run would be moved,")):
                 if written == read or written in read.parents or read in written.parents:
                     raise ValueError(
-                        f"output: {settings.output} (with what is put aside in {_aside(output).name}) and {name}"
-                        f" {read}: expected folders apart, got one that is or holds the other; name another output"
+                        f"output: {written}{what} and {name} {read}: expected folders apart, got one that is or holds"
+                        " the other; name another output"
                     )
     if output.is_dir() and not (output / LOG).is_file():
         foreign = [p.name for p in sorted(output.iterdir()) if is_model_file(p.name) or p.name in PARTS]
@@ -52,8 +53,8 @@ def check_output(settings: Any) -> None:
 def claim_output(settings: Any) -> None:
     """Make `output` this run's; call it when nothing can be refused any more.
 
-    The folder of an earlier run that left a model or a checkpoint is put aside whole, as `output`.previous, where it
-    takes the place of the one before. A run that resumes keeps its folder.
+    An earlier run that left a model or a checkpoint is put aside whole, in `output`.previous, where it takes the place
+    of the one before; files that are no run's stay. A run that resumes keeps its folder.
     """
     output = Path(settings.output).resolve()
     if settings.resume and newest_state(output):
@@ -85,6 +86,10 @@ def _put_aside(output: Path) -> None:
         output.rename(aside)
     except OSError as error:
         raise ValueError(f"output: {output}: the earlier run in it cannot be moved to {aside}: {error}") from error
+    output.mkdir()
+    for entry in aside.iterdir():  # data, notes, the log of a shell
+        if not (is_model_file(entry.name) or entry.name in (LOG, SAMPLES, MARK, *PARTS)):
+            entry.rename(output / entry.name)
     print(f"the earlier run in {output} is now in {aside}")
 
 
@@ -92,10 +97,10 @@ def _aside(output: Path) -> Path:
     return output.with_name(f"{output.name}.previous")
 
 
-def _folders_of(model: str) -> Iterator[Path]:
+def model_folders(model: str) -> Iterator[Path]:
     """The folder of a model and those of its adapters' bases; nothing for a hub id."""
     seen: set[Path] = set()
-    while model and Path(model).is_dir() and (folder := Path(model).resolve()) not in seen:
+    while model and (path := Path(model).expanduser()).is_dir() and (folder := path.resolve()) not in seen:
         yield folder
         seen.add(folder)
-        model = adapter_base(model) if is_adapter(model) else ""
+        model = adapter_base(path) if is_adapter(path) else ""
