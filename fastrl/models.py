@@ -196,9 +196,7 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
     import fastrl
 
     scalar = hasattr(model, "score")
-    targets = settings.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = tuple(name.strip() for name in targets.split(","))
+    targets = _targets(settings)
     config = peft.LoraConfig(
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
         r=settings.rank,
@@ -210,6 +208,27 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
     adapted = peft.get_peft_model(model, config)
     fastrl.patch(adapted)
     return adapted
+
+
+def check_lora(model: nn.Module, settings: LoRASettings) -> None:
+    """Raise ValueError if a target names no layer of the model; `add_lora` would find out once files are written."""
+    targets, names = _targets(settings), [name for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = {
+                name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"lora_targets: expected all-linear or names of layers of {type(model).__name__}"
+                f" ({', '.join(sorted(layers))}), got {target!r}"
+            )
+
+
+def _targets(settings: LoRASettings) -> str | tuple[str, ...]:
+    targets = settings.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        return tuple(name.strip() for name in targets.split(","))
+    return targets
 
 
 def base_model(model: nn.Module) -> transformers.PreTrainedModel:

@@ -29,9 +29,16 @@ def check_output(settings: Any) -> None:
     output = Path(settings.output).resolve()
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: expected a folder, got the file {settings.output}")
+    places = {output: ""}
+    if _is_put_aside(output, settings.resume):
+        places[_aside(output)] = ", to which an earlier run would be moved,"
+        if _aside(output).exists() and not (_aside(output) / MARK).exists():
+            raise ValueError(
+                f"output: the run in it would be put aside in {_aside(output)}, which exists; move it away"
+            )
     for name in ("model", "reward_model"):
         for read in model_folders(getattr(settings, name, "")):
-            for written, what in ((output, ""), (_aside(output), ", to which an earlier run would be moved,")):
+            for written, what in places.items():
                 if written == read or written in read.parents or read in written.parents:
                     raise ValueError(
                         f"output: {written}{what} and {name} {read}: expected folders apart, got one that is or holds"
@@ -44,8 +51,6 @@ def check_output(settings: Any) -> None:
                 f"output: {settings.output}: expected a new folder or that of an earlier run, got one without {LOG}"
                 f" that holds {', '.join(foreign[:4])}: a run would write over it; name another output"
             )
-    if _aside(output).exists() and not (_aside(output) / MARK).exists():
-        raise ValueError(f"output: an earlier run would be put aside in {_aside(output)}, which exists; move it away")
     if settings.resume and (state := newest_state(output)):
         check_settings(settings, state)
 
@@ -59,12 +64,19 @@ def claim_output(settings: Any) -> None:
     output = Path(settings.output).resolve()
     if settings.resume and newest_state(output):
         return
-    if any((output / name).exists() for name in ("config.json", ADAPTER_CONFIG)) or checkpoints(output):
+    if _is_put_aside(output, settings.resume):
         _put_aside(output)
     for part in PARTS:  # of a run that ended before its first checkpoint
         shutil.rmtree(output / part, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / LOG).touch()
+
+
+def _is_put_aside(output: Path, resume: bool) -> bool:
+    """Whether a run that begins in this folder finds something there that is worth keeping."""
+    if resume and newest_state(output):
+        return False
+    return any((output / name).exists() for name in ("config.json", ADAPTER_CONFIG)) or bool(checkpoints(output))
 
 
 def _put_aside(output: Path) -> None:

@@ -110,9 +110,13 @@ def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Pro
     return split_holdout(prompts, min(0.1, cfg.batch_size / len(prompts)), cfg.seed)
 
 
+def stop_ids(policy: Any, tokenizer: Any, cfg: PPOConfig) -> list[int]:
+    """Ids of the tokens that end a response."""
+    return find_stop_token_ids(tokenizer, policy, [token for token in cfg.stop_tokens.split(",") if token])
+
+
 def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
     """Responses that depend on the weights, the seed and the number of the iteration alone."""
-    stop_tokens = [token for token in cfg.stop_tokens.split(",") if token]
     with merged(policy) if cfg.merge_adapter else nullcontext():
         return rollout(
             policy,
@@ -120,7 +124,7 @@ def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfi
             [prompt.input_ids for prompt in prompts],
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            stop_token_ids=find_stop_token_ids(tokenizer, policy, stop_tokens),
+            stop_token_ids=stop_ids(policy, tokenizer, cfg),
             generator=torch.Generator(cfg.device).manual_seed(step_seed(cfg.seed, iteration)),
         )
 
@@ -241,6 +245,7 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
     transformers.set_seed(cfg.seed)  # before adapters are drawn
     tokenizer = load_tokenizer(cfg.model)
     roles = load_roles(cfg, tokenizer)
+    stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
     claim_output(cfg)
     if cfg.lora_rank > 0:

@@ -16,6 +16,7 @@ from fastrl.metrics import PhaseTimer
 from fastrl.models import (
     LoRASettings,
     add_lora,
+    check_lora,
     load_policy,
     load_scalar_model,
     load_tokenizer,
@@ -63,6 +64,8 @@ def load_roles(cfg: PPOConfig, tokenizer: Any) -> Roles:
     policy: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
     critic: Any = load_scalar_model(cfg.reward_model, dtype=cfg.dtype, device=cfg.device)
     if cfg.lora_rank > 0:
+        for model in (policy, critic):
+            check_lora(model, _lora(cfg))
         return Roles(policy, None, critic, None)
     reference, reward_model = (copy.deepcopy(model).requires_grad_(False).eval() for model in (policy, critic))
     return Roles(policy.eval(), reference, critic.eval(), reward_model)
@@ -72,9 +75,12 @@ def add_adapters(roles: Roles, tokenizer: Any, cfg: PPOConfig) -> Roles:
     """LoRA on policy and critic, drawn from torch's global generator; bases that were merged get folders in output."""
     save_merged_base(roles.policy, tokenizer, cfg.output)
     save_merged_base(roles.critic, tokenizer, Path(cfg.output) / "critic")
-    settings = LoRASettings(cfg.lora_rank, 2 * cfg.lora_rank, 0.0, cfg.lora_targets)
-    policy, critic = (add_lora(model, settings).eval() for model in (roles.policy, roles.critic))
+    policy, critic = (add_lora(model, _lora(cfg)).eval() for model in (roles.policy, roles.critic))
     return Roles(policy, None, critic, None)
+
+
+def _lora(cfg: PPOConfig) -> LoRASettings:
+    return LoRASettings(cfg.lora_rank, 2 * cfg.lora_rank, 0.0, cfg.lora_targets)
 
 
 @contextmanager

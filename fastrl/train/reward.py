@@ -31,6 +31,7 @@ from fastrl.models import (
     add_lora,
     base_model,
     check_context,
+    check_lora,
     default_device,
     last_token_scores,
     load_scalar_model,
@@ -166,6 +167,9 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model)
     model: Any = load_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
     check_context(model, cfg.max_length, "max_length")
+    lora = LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+    if cfg.lora_rank > 0:
+        check_lora(model, lora)
     # transformers' own pooling looks for pad ids: with pad == eos it would skip the real last token
     shared_pad = tokenizer.pad_token_id == tokenizer.eos_token_id
     model.config.pad_token_id = None if shared_pad else tokenizer.pad_token_id
@@ -186,10 +190,7 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
     claim_output(cfg)
     if cfg.lora_rank > 0:
         save_merged_base(model, tokenizer, cfg.output)
-        model = add_lora(
-            model,
-            LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets),
-        )
+        model = add_lora(model, lora)
     if cfg.gradient_checkpointing:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)

@@ -30,6 +30,7 @@ from fastrl.models import (
     add_lora,
     base_model,
     check_context,
+    check_lora,
     default_device,
     load_policy,
     load_tokenizer,
@@ -141,6 +142,11 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
     check_context(model, cfg.max_length, "max_length")
+    if cfg.samples > 0:
+        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
+    lora = LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+    if cfg.lora_rank > 0:
+        check_lora(model, lora)
 
     # 3 data
     load = partial(load_examples, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
@@ -158,10 +164,7 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
     claim_output(cfg)
     if cfg.lora_rank > 0:
         save_merged_base(model, tokenizer, cfg.output)
-        model = add_lora(
-            model,
-            LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets),
-        )
+        model = add_lora(model, lora)
     if cfg.gradient_checkpointing:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)

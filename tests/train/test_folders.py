@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fastrl.checkpoint import save_model
 from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, load_tokenizer
 from fastrl.output import check_output, claim_output
-from fastrl.train import ppo, reward
+from fastrl.train import ppo, reward, sft
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -258,6 +258,8 @@ def test_a_folder_of_the_users_is_not_deleted(start):
     shutil.copytree(cfg.output, f"{cfg.output}.previous")
     with pytest.raises(ValueError, match="which exists; move it away"):
         main(cfg)
+    shutil.rmtree(cfg.output)
+    main(cfg)  # nothing to put aside
 
 
 @pytest.mark.slow
@@ -267,7 +269,12 @@ def test_a_run_that_is_refused_leaves_the_earlier_one(name, start, tmp_path):
     main(cfg)
     before = {p: p.stat().st_mtime_ns for p in Path(cfg.output).rglob("*")}
     (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
-    for changes in ({"data": str(tmp_path / "broken.jsonl")}, {"data": "/nowhere.jsonl"}, {"batch_size": 0}):
+    refused = [{"data": str(tmp_path / "broken.jsonl")}, {"data": "/nowhere.jsonl"}, {"batch_size": 0}]
+    if cfg.lora_rank > 0:
+        refused.append({"lora_targets": "q_proj,q_prj"})
+    refused += [{"stop_tokens": "abc"}] if main is ppo.main else []
+    refused += [{"sample_tokens": 256}] if main is sft.main else []
+    for changes in refused:
         with pytest.raises((ValueError, OSError)):
             main(replace(cfg, **changes))
     assert before == {p: p.stat().st_mtime_ns for p in Path(cfg.output).rglob("*")}
