@@ -41,7 +41,10 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
         device=settings.device,
         dtype=settings.dtype,
     )
-    roles = ppo.load_roles(cfg, load_tokenizer(cfg.model))
+    tokenizer = load_tokenizer(cfg.model)
+    roles = ppo.load_roles(cfg, tokenizer)
+    if rank > 0:
+        roles = ppo.add_adapters(roles, tokenizer, cfg)
     optimizers = [make_optimizer(model, learning_rate=settings.learning_rate) for model in (roles.policy, roles.critic)]
     trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
     mask = trajectory.response_mask

@@ -7,6 +7,8 @@ a file or a pipe, every line of it is one turn of the conversation and only the 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,8 +27,13 @@ from fastrl.weights import check_sizes
 def main(argv: Sequence[str]) -> None:
     """Load the model and answer the lines of standard input."""
     options = _parser().parse_args(list(argv))
-    if options.temperature < 0:
+    options.model = os.path.expanduser(options.model)
+    if not 0 <= options.temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and below 2**32, got {options.seed}")
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
     transformers.set_seed(options.seed)

@@ -22,7 +22,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
+    """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 1 after any other,
+    130 after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
@@ -35,15 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         run(command, arguments[1:])
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        foreign = isinstance(error, RuntimeError) and not type(error).__module__.startswith("fastrl")
-        if foreign or os.environ.get("FASTRL_DEBUG"):
-            raise
-        print(f"fastrl: error: {_message(command, error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("fastrl: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get("FASTRL_DEBUG"):
+            raise
+        print(f"fastrl: error: {_message(command, error)}", file=sys.stderr)
+        return 2 if _is_users(error) else 1
     return 0
 
 
@@ -84,10 +85,24 @@ def usage() -> str:
     )
 
 
+def _is_users(error: Exception) -> bool:
+    """Whether the user can mend it: what fastrl raises on purpose, and a device that is too small."""
+    ours = type(error).__module__.startswith("fastrl") or type(error).__name__ == "OutOfMemoryError"
+    return ours or isinstance(error, (ValueError, OSError, ImportError))
+
+
 def _message(command: str, error: Exception) -> str:
+    text = str(error) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):
         return f"'fastrl {command}' needs a module that is not installed: {error.name}"
-    return str(error) or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{text.splitlines()[0]}; lower micro_batch_size or max_length, or set gradient_checkpointing"
+    if _is_users(error):
+        return text
+    return (
+        f"unforeseen {type(error).__name__}: {' '.join(text.split())}; this is a fault of fastrl: run again with"
+        " FASTRL_DEBUG=1 for the traceback, and please report both in the project's issue tracker"
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import operator
+import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, field, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
@@ -21,10 +24,48 @@ import yaml
 
 Config = TypeVar("Config")
 
+BOUNDS = {
+    "at_least": ("of at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("of at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the text that `--help` prints; `MISSING` as default makes it required."""
-    return field(default=default, metadata={"help": help})
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+    path: bool = False,
+) -> Any:
+    """A dataclass field with the text that `--help` prints; `MISSING` as default makes it required.
+
+    What `checked` refuses is declared beside it: values out of bounds, or not among `choices`. In a `path` a leading ~
+    is the home folder.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "choices": tuple(choices), "path": path})
+
+
+def checked(settings: Config) -> Config:
+    """The settings with ~ expanded in their paths; call it before anything is loaded.
+
+    Raises:
+        ValueError: a value is out of its option's bounds, not finite, or not among its choices.
+    """
+    paths: dict[str, Any] = {}
+    for item in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, item.name)
+        _check_value(item, value)
+        if item.metadata.get("path"):
+            paths[item.name] = _expanded(value)
+    return replace(settings, **paths)  # type: ignore[type-var]
 
 
 def parse(
@@ -57,6 +98,28 @@ def parse(
         return config_class(**{name: namespace[name] for name in names})
     except TypeError as error:
         raise ValueError(f"{config_class.__name__}: {error}") from error
+
+
+def _check_value(item: Field[Any], value: Any) -> None:
+    choices = item.metadata.get("choices", ())
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{item.name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+    if item.metadata.get("path") and value == "" != item.default:
+        raise ValueError(f"{item.name}: expected a path, got an empty text")
+    if not isinstance(value, (int, float)):
+        return
+    bounds = item.metadata.get("bounds", {})
+    if not math.isfinite(value) or not all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+        limits = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+        raise ValueError(f"{item.name}: expected a number {limits or 'that is finite'}, got {value}")
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_expanded, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):

@@ -7,20 +7,21 @@ with transformers alone.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from fastrl.checkpoint import save_model
+from fastrl.folders import read_config
 from fastrl.models import adapter_base, is_adapter, load_policy, load_scalar_model, load_tokenizer
+from fastrl.output import model_folders
 from fastrl.scalars import claims_score_head
 from fastrl.weights import check_sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,10 +46,10 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
     Raises:
         ValueError: `out` is not empty and `overwrite` is False, or `out` holds `model` itself.
     """
-    folder = Path(out)
+    model, folder = os.path.expanduser(model), Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"export: out: expected a folder, got the file {folder}")
-    if folder.is_dir() and folder.resolve() in (Path(model).resolve(), _base_folder(model)):
+    if folder.is_dir() and folder.resolve() in model_folders(model):
         raise ValueError(f"export: out: {folder} holds the model that is being read; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"export: out: {folder} is not empty; name another folder or give --overwrite")
@@ -58,9 +59,6 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
     merged: Any = load(model, dtype="float32")
     check_sizes(merged, tokenizer, model)
     merged = merged.to(DTYPES[dtype] if dtype else stored_dtype(model))
-    stale = [file for pattern in MODEL_FILES for file in folder.glob(pattern)]
-    for file in stale:  # an old shard or adapter_config.json would be loaded with the new weights
-        file.unlink()
     return save_model(merged, tokenizer, folder)
 
 
@@ -75,8 +73,4 @@ def stored_dtype(path: str) -> torch.dtype:
     """dtype of the stored weights, of the base for an adapter; float32 if the config does not say."""
     if is_adapter(path):
         return stored_dtype(adapter_base(path))
-    return transformers.AutoConfig.from_pretrained(path).dtype or torch.float32
-
-
-def _base_folder(path: str) -> Path | None:
-    return Path(adapter_base(path)).resolve() if is_adapter(path) else None
+    return read_config(path).dtype or torch.float32

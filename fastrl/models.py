@@ -8,7 +8,6 @@ around them.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +19,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastrl.folders import (
+    check_files,
+    check_has_tokenizer,
+    check_has_weights,
+    find_base,
+    read_config,
+    read_json,
+    reading,
+)
 from fastrl.heads import base_model, decoder, lm_head
+from fastrl.merging import merge_adapter
 from fastrl.scalars import CLASSIFIER, check_score_head, claims_score_head, saved_score, set_pad_token, with_scalar_head
 from fastrl.weights import check_config, check_loaded, check_policy_adapter
 
@@ -76,7 +85,10 @@ def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
     path = _existing(path)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = _existing(adapter_base(path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if Path(path).is_dir():
+        check_has_tokenizer(Path(path))
+    with reading(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -153,7 +165,7 @@ def adapter_base(path: str | Path) -> str:
             " adapter's base model,"
             f" got {base!r}; write the base model's folder or hub id there"
         )
-    return base
+    return find_base(base, path)
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -185,9 +197,7 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
     import fastrl
 
     scalar = hasattr(model, "score")
-    targets = settings.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = tuple(name.strip() for name in targets.split(","))
+    targets = _targets(settings)
     config = peft.LoraConfig(
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
         r=settings.rank,
@@ -199,6 +209,27 @@ def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> pef
     adapted = peft.get_peft_model(model, config)
     fastrl.patch(adapted)
     return adapted
+
+
+def check_lora(model: nn.Module, settings: LoRASettings) -> None:
+    """Raise ValueError if a target names no layer of the model; `add_lora` would find out once files are written."""
+    targets, names = _targets(settings), [name for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = {
+                name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"lora_targets: expected all-linear or names of layers of {type(model).__name__}"
+                f" ({', '.join(sorted(layers))}), got {target!r}"
+            )
+
+
+def _targets(settings: LoRASettings) -> str | tuple[str, ...]:
+    targets = settings.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        return tuple(name.strip() for name in targets.split(","))
+    return targets
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -330,21 +361,27 @@ def _existing(path: str | Path) -> str:
     looks_local = isinstance(path, Path) or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"model folder {path}: not found; give a folder in Hugging Face format or a hub id")
-    return str(Path(path).expanduser()) if looks_local else str(path)
+    path = str(Path(path).expanduser()) if looks_local else str(path)
+    if Path(path).is_dir():
+        check_files(Path(path))
+    return path
 
 
 def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype) -> Any:
+    if Path(path).is_dir():
+        check_has_weights(Path(path))
     with quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = read_config(path)
         check_config(path, config, *KINDS[auto_class])
-        model, info = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=torch_dtype(dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # check_loaded names them
-        )
+        with reading(path):
+            model, info = auto_class.from_pretrained(
+                path,
+                config=config,
+                dtype=torch_dtype(dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_loaded names them
+            )
     if getattr(model, "peft_config", None):
         raise ValueError(f"{path}: expected a model, got an adapter on the hub; download it and give its folder")
     check_loaded(path, model, info)
@@ -369,21 +406,15 @@ def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -
     if (Path(path) / "tokenizer_config.json").is_file():
         set_pad_token(model, load_tokenizer(path))
     score_file = Path(path) / SCORE_FILE
-    for name, value in (json.loads(score_file.read_text()) if score_file.is_file() else {}).items():
+    for name, value in (read_json(score_file) if score_file.is_file() else {}).items():
         setattr(model.config, name, value)
     return model
 
 
 def _merged(base: transformers.PreTrainedModel, path: str) -> transformers.PreTrainedModel:
-    if not (Path(path) / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"{path}/adapter_model.safetensors: not found; save the adapter as safetensors")
     with quiet_transformers():
-        model = peft.PeftModel.from_pretrained(base, path).merge_and_unload()
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    model.config._name_or_path = model.name_or_path = path
-    return model.eval()
+        return merge_adapter(base, path)
 
 
 def _adapter_config(path: str | Path) -> dict[str, Any]:
-    return json.loads((Path(path) / ADAPTER_CONFIG).read_text())
+    return read_json(Path(path) / ADAPTER_CONFIG)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastrl.masters import add_masters, round_masters, trained
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
@@ -29,8 +31,11 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> AdamW:
-    """AdamW over the trainable parameters; matrices decay, biases and norms do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over the trainable parameters, in float32 whatever their dtype (`masters.py`); matrices decay, biases and
+    norms do not.
+    """
+    add_masters(model)
+    trainable = [tensor for _, tensor in trained(model)]
     if not trainable:
         raise ValueError("make_optimizer: model: expected trainable parameters, got none")
     groups = [
@@ -93,13 +98,14 @@ def optimizer_step(
     Raises:
         NonFiniteError: the norm is NaN or infinite; the weights are left as they were.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [tensor for _, tensor in trained(model)]
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     grad_norm = float(nn.utils.clip_grad_norm_(trainable, limit))
     if not math.isfinite(grad_norm):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"gradient norm is {grad_norm} at step {step}: training stopped before the update")
     optimizer.step()
+    round_masters(model)
     if schedule is not None:
         schedule.step()
     optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastrl.checkpoint import checkpoints
+from fastrl.masters import round_masters, trained
 
 STATE_FILE = "training_state.pt"
 FREE = ("resume", "output", "device")  # settings that may differ
@@ -38,7 +38,7 @@ class Run(NamedTuple):
         state = {
             "step": step,
             "settings": _fixed(self.settings),
-            "models": [_trainable(model) for model in self.models],
+            "models": [{name: tensor.detach() for name, tensor in trained(model)} for model in self.models],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
         }
@@ -46,57 +46,53 @@ class Run(NamedTuple):
         os.replace(folder / f"{STATE_FILE}.partial", folder / STATE_FILE)
 
     def start(self) -> int:
-        """The steps that were made already. With `resume` those of the newest whole checkpoint, which is restored;
-        else 0, and checkpoints of an earlier run in the same folder are put aside.
+        """The steps that were made already: with `resume` those of the newest whole checkpoint, which is restored; else
+        0.
 
         Raises:
             ValueError: the checkpoint is of a run with other settings.
         """
         output = Path(self.settings.output)
         if not self.settings.resume:
-            _put_aside(output / "checkpoints")
             return 0
-        whole = [folder / STATE_FILE for folder in checkpoints(output) if (folder / STATE_FILE).exists()]
-        if not whole:
+        newest = newest_state(output)
+        if newest is None:
             print(f"resume: no checkpoint under {output / 'checkpoints'} yet: starting from the beginning")
             return 0
-        state = torch.load(whole[-1], map_location="cpu", weights_only=True)
-        _check_settings(state["settings"], _fixed(self.settings), whole[-1].parent)
+        check_settings(self.settings, newest)
+        state = torch.load(newest, map_location="cpu", weights_only=True)
         for model, values in zip(self.models, state["models"], strict=True):
             with torch.no_grad():
-                for name, parameter in _trainable(model).items():
-                    parameter.copy_(values[name])
+                for name, tensor in trained(model):
+                    tensor.copy_(values[name])
+                round_masters(model)
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         for schedule, values in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(values)
-        print(f"resume: going on after step {state['step']} from {whole[-1].parent}")
+        print(f"resume: going on after step {state['step']} from {newest.parent}")
         return state["step"]
 
 
-def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def newest_state(output: Path) -> Path | None:
+    """State file of the newest whole checkpoint; None if there is none."""
+    whole = [folder / STATE_FILE for folder in checkpoints(output) if (folder / STATE_FILE).exists()]
+    return whole[-1] if whole else None
+
+
+def check_settings(settings: Any, state_file: Path) -> None:
+    """Raise ValueError if a checkpoint is of a run with other settings than these; its tensors are not read."""
+    before = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)["settings"]
+    now = _fixed(settings)
+    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"resume: settings: expected those of the run that wrote {state_file.parent}, got others: {changes}; give"
+            " the same ones, or start anew without resume"
+        )
 
 
 def _fixed(settings: Any) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
     return json.loads(json.dumps(values, default=str))
-
-
-def _check_settings(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing)
-        raise ValueError(
-            f"resume: settings: expected those of the run that wrote {folder}, got others: {changes}; give the same"
-            " ones, or start anew without resume"
-        )
-
-
-def _put_aside(folder: Path) -> None:
-    if not folder.exists():
-        return
-    aside = folder.with_name(f"{folder.name}.previous")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    print(f"checkpoints of an earlier run are now in {aside}")

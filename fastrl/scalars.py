@@ -6,7 +6,6 @@ Such models are ordinary sequence classifiers of transformers with one label, as
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fastrl.folders import read_config, read_json
 from fastrl.templates import end_token_id
 from fastrl.weights import check_config, weight_names
 
@@ -29,8 +29,8 @@ def claims_score_head(path: str) -> bool:
     """
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
-        return json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS" or saved_score(path) is not None
-    names = transformers.AutoConfig.from_pretrained(path).architectures
+        return read_json(adapter).get("task_type") == "SEQ_CLS" or saved_score(path) is not None
+    names = read_config(path).architectures
     if names:
         return any(name.endswith("ForSequenceClassification") for name in names)
     return "score.weight" in weight_names(path)

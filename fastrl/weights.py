@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
+from fastrl.folders import read_json
 from fastrl.heads import base_model
 
 SHOWN = 4  # names of weights in one message
@@ -93,7 +93,7 @@ def weight_names(path: str | Path) -> list[str]:
     folder = Path(path)
     names: list[str] = []
     for index in folder.glob("*.safetensors.index.json"):
-        names += json.loads(index.read_text())["weight_map"]
+        names += read_json(index)["weight_map"]
     if not names:
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:

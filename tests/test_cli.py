@@ -116,13 +116,29 @@ def test_user_errors_are_one_message_and_status_2(error, loop, capsys, monkeypat
         cli.main(["sft"])
 
 
-def test_errors_of_the_program_keep_their_traceback(loop):
+@pytest.mark.parametrize("error", [RuntimeError("a\nbug"), KeyError("key"), RecursionError("too deep")])
+def test_unforeseen_errors_are_one_line_that_says_where_to_report(error, loop, capsys, monkeypatch):
     def fail(cfg):
-        raise RuntimeError("a bug")
+        raise error
 
     loop.main = fail
-    with pytest.raises(RuntimeError, match="a bug"):
+    monkeypatch.delenv("FASTRL_DEBUG", raising=False)
+    assert cli.main(["sft"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith(f"fastrl: error: unforeseen {type(error).__name__}: ") and text.count("\n") == 1
+    assert "FASTRL_DEBUG=1" in text and "report" in text
+    monkeypatch.setenv("FASTRL_DEBUG", "1")
+    with pytest.raises(type(error)):
         cli.main(["sft"])
+
+
+def test_out_of_memory_says_what_to_lower(loop, capsys):
+    def fail(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    loop.main = fail
+    assert cli.main(["sft"]) == 2
+    assert "Tried to allocate 2 GiB; lower micro_batch_size" in capsys.readouterr().err
 
 
 def test_interrupt_is_quiet(loop, capsys):
@@ -290,6 +306,9 @@ def test_chat_refuses_bad_options(policy, capsys):
     for arguments, message in [
         (["--stop", "nothing"], "stop token 'nothing': expected one token"),
         (["--temperature", "-1"], "temperature must be 0 (greedy) or positive, got -1.0"),
+        (["--temperature", "nan"], "temperature must be 0 (greedy) or positive, got nan"),
+        (["--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["--seed", "-1"], "seed must be at least 0 and below 2**32, got -1"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
     ]:
         assert cli.main(["chat", str(policy), *arguments]) == 2

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+import re
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Literal
 
 import pytest
 import yaml
 
-from fastrl.config import parse
+from fastrl.config import checked, option, parse
+from fastrl.train import ppo, reward, sft
 
 
 @dataclass(frozen=True)
@@ -176,3 +179,62 @@ def test_a_config_may_refuse_values(config_file):
 
     with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
         load("--rank", "0", config_class=Strict)
+
+
+# --- values
+
+
+@dataclass(frozen=True)
+class Bounded:
+    rate: float = option(0.1, "", above=0)
+    share: float | None = option(None, "", at_least=0, below=1)
+    steps: int = option(1, "", at_least=1, at_most=9)
+    free: float = 1.0
+    schedule: str = option("linear", "", choices=("linear", "cosine"))
+    model: str = option("m", "", path=True)
+    extra: str = option("", "", path=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rate": 0.0}, "rate: expected a number above 0, got 0.0"),
+        ({"rate": -1}, "rate: expected a number above 0, got -1"),
+        ({"rate": math.nan}, "rate: expected a number above 0, got nan"),
+        ({"rate": math.inf}, "rate: expected a number above 0, got inf"),
+        ({"free": math.nan}, "free: expected a number that is finite, got nan"),
+        ({"share": 1.0}, "share: expected a number of at least 0 and below 1, got 1.0"),
+        ({"steps": 0}, "steps: expected a number of at least 1 and of at most 9, got 0"),
+        ({"steps": 10}, "got 10"),
+        ({"schedule": "cosin"}, "schedule: expected one of linear, cosine, got 'cosin'; did you mean 'cosine'?"),
+        ({"model": ""}, "model: expected a path, got an empty text"),
+    ],
+)
+def test_values_out_of_bounds(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checked(Bounded(**values))
+
+
+def test_values_in_bounds(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = checked(Bounded(rate=1e9, share=0.0, steps=9, model="~/models/m"))
+    assert cfg == Bounded(rate=1e9, share=0.0, steps=9, model="/home/me/models/m")
+    assert checked(Bounded()) == Bounded()
+
+
+@pytest.mark.parametrize("settings", [sft.SFTConfig, reward.RewardConfig, ppo.PPOConfig])
+def test_every_number_of_the_loops_has_bounds(settings):
+    """And every default is within them; a path is one that may begin with ~."""
+    needed = {item.name: "x" for item in fields(settings) if item.default is MISSING}
+    checked(settings(**needed))
+    free = {"no_stop_score"}
+    for item in fields(settings):
+        if isinstance(item.default, (int, float)) and not isinstance(item.default, bool):
+            assert item.metadata["bounds"], item.name
+            with pytest.raises(ValueError, match=f"{item.name}: expected a number"):
+                checked(replace(settings(**needed), **{item.name: -1}))
+        elif item.type == "float | None" and item.name not in free:
+            assert item.metadata["bounds"], item.name
+    for name in ("model", "data", "output", "reward_model", "eval_data"):
+        found = [item.metadata["path"] for item in fields(settings) if item.name == name]
+        assert all(found)

@@ -23,13 +23,14 @@ import transformers
 from torch import Tensor
 
 from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
-from fastrl.config import option
+from fastrl.config import checked, option
 from fastrl.data import Prompt, load_prompts, split_holdout
 from fastrl.integrations.peft import merged
 from fastrl.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
 from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
 from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
+from fastrl.output import check_output, claim_output
 from fastrl.reference.masked import masked_mean
 from fastrl.resume import Run, step_seed
 from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
@@ -43,7 +44,7 @@ from fastrl.train.ppo_batch import (
     summarise,
     take_rows,
 )
-from fastrl.train.ppo_roles import Assessment, Roles, assess, load_roles
+from fastrl.train.ppo_roles import Assessment, Roles, add_adapters, assess, load_roles
 
 PRINTED_SAMPLES = 3
 
@@ -52,55 +53,52 @@ PRINTED_SAMPLES = 3
 class PPOConfig:
     """Settings of PPO."""
 
-    model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged")
-    reward_model: str = option(MISSING, "reward model: folder or hub id; the critic starts from it")
-    data: str = option(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
-    output: str = option("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs")
-    iterations: int = option(200, "rounds of sampling and updating")
-    batch_size: int = option(64, "responses sampled per iteration; also the held-out prompts")
-    minibatch_size: int = option(32, "responses per optimizer step")
-    micro_batch_size: int = option(8, "responses per forward pass; does not change the result")
-    epochs: int = option(4, "passes over the responses of an iteration")
-    max_prompt_length: int = option(256, "longest prompt in tokens")
-    max_new_tokens: int = option(64, "longest response in tokens")
-    temperature: float = option(1.0, "of sampling and of all log-probabilities")
+    model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged", path=True)
+    reward_model: str = option(MISSING, "reward model: folder or hub id; the critic starts from it", path=True)
+    data: str = option(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder", path=True)
+    output: str = option("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs", path=True)
+    iterations: int = option(200, "rounds of sampling and updating", at_least=1)
+    batch_size: int = option(64, "responses sampled per iteration; also the held-out prompts", at_least=1)
+    minibatch_size: int = option(32, "responses per optimizer step", at_least=1)
+    micro_batch_size: int = option(8, "responses per forward pass; does not change the result", at_least=1)
+    epochs: int = option(4, "passes over the responses of an iteration", at_least=1)
+    max_prompt_length: int = option(256, "longest prompt in tokens", at_least=1)
+    max_new_tokens: int = option(64, "longest response in tokens", at_least=1)
+    temperature: float = option(1.0, "of sampling and of all log-probabilities", above=0)
     merge_adapter: bool = option(
         False, "fold the policy's adapter into its weights while sampling: faster; samples differ by rounding"
     )
     stop_tokens: str = option("", "tokens that end a response, separated by commas; empty: eos, end of turn")
     no_stop_score: float | None = option(None, "score of a response that no stop token ended")
-    learning_rate: float = option(5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)")
-    critic_learning_rate: float = option(5e-5, "of the critic, decays linearly to 0 (about 3e-6 for full fine-tuning)")
-    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one tames the first updates")
-    max_grad_norm: float = option(1.0, "policy and critic are clipped apart; 0: not clipped")
-    kl_coef: float = option(0.05, "weight of the KL penalty in the reward")
-    kl_estimator: str = option("k1", "of the KL penalty and of the reported KL: k1, k2 or k3")
-    score_clip: float | None = option(None, "scores are clipped to +- this")
-    gae_lambda: float = option(0.95, "of generalized advantage estimation")
-    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this")
-    target_kl: float | None = option(None, "ends the updates of an iteration once ppo_kl and approx_kl are above it")
-    lora_rank: int = option(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning")
+    learning_rate: float = option(
+        5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)", above=0
+    )
+    critic_learning_rate: float = option(
+        5e-5, "of the critic, decays linearly to 0 (about 3e-6 for full fine-tuning)", above=0
+    )
+    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one tames the first updates", above=0)
+    max_grad_norm: float = option(1.0, "policy and critic are clipped apart; 0: not clipped", at_least=0)
+    kl_coef: float = option(0.05, "weight of the KL penalty in the reward", at_least=0)
+    kl_estimator: str = option(
+        "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
+    )
+    score_clip: float | None = option(None, "scores are clipped to +- this", above=0)
+    gae_lambda: float = option(0.95, "of generalized advantage estimation", at_least=0, at_most=1)
+    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this", above=0)
+    target_kl: float | None = option(
+        None, "ends the updates of an iteration once ppo_kl and approx_kl are above it", above=0
+    )
+    lora_rank: int = option(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning", at_least=0)
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
-    dtype: str = option("float32", "weights: float32 or bfloat16")
+    dtype: str = option(
+        "float32",
+        "of weights and passes: float32 or bfloat16; steps are in float32 (18 bytes a trained weight in place of 16)",
+        choices=("float32", "bfloat16"),
+    )
     device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
-    seed: int = option(0, "same seed, same run; on CPU bit for bit")
-    eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only")
+    seed: int = option(0, "same seed, same run; on CPU bit for bit", at_least=0, below=2**32)
+    eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
     resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
-
-
-def check_settings(cfg: PPOConfig) -> None:
-    """Raise ValueError for what would otherwise fail only after the first rollout."""
-    for name in (
-        "iterations",
-        "batch_size",
-        "minibatch_size",
-        "micro_batch_size",
-        "epochs",
-    ):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"ppo: {name}: expected >= 1, got {getattr(cfg, name)}")
-    if cfg.kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"ppo: kl_estimator: expected k1, k2 or k3, got {cfg.kl_estimator!r}")
 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -114,9 +112,13 @@ def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Pro
     return split_holdout(prompts, min(0.1, cfg.batch_size / len(prompts)), cfg.seed)
 
 
+def stop_ids(policy: Any, tokenizer: Any, cfg: PPOConfig) -> list[int]:
+    """Ids of the tokens that end a response."""
+    return find_stop_token_ids(tokenizer, policy, [token for token in cfg.stop_tokens.split(",") if token])
+
+
 def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
     """Responses that depend on the weights, the seed and the number of the iteration alone."""
-    stop_tokens = [token for token in cfg.stop_tokens.split(",") if token]
     with merged(policy) if cfg.merge_adapter else nullcontext():
         return rollout(
             policy,
@@ -124,7 +126,7 @@ def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfi
             [prompt.input_ids for prompt in prompts],
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            stop_token_ids=find_stop_token_ids(tokenizer, policy, stop_tokens),
+            stop_token_ids=stop_ids(policy, tokenizer, cfg),
             generator=torch.Generator(cfg.device).manual_seed(step_seed(cfg.seed, iteration)),
         )
 
@@ -242,11 +244,16 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
         ValueError: a setting, a model, its tokenizer or the data do not fit.
         NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
     """
-    check_settings(cfg)
+    cfg = checked(cfg)
+    check_output(cfg)
     transformers.set_seed(cfg.seed)  # before adapters are drawn
     tokenizer = load_tokenizer(cfg.model)
     roles = load_roles(cfg, tokenizer)
+    stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
+    claim_output(cfg)
+    if cfg.lora_rank > 0:
+        roles = add_adapters(roles, tokenizer, cfg)
     order = endless_order(len(prompts), seed=cfg.seed)
     optimizers = (
         make_optimizer(roles.policy, learning_rate=cfg.learning_rate, eps=cfg.adam_eps),

@@ -16,6 +16,7 @@ from fastrl.metrics import PhaseTimer
 from fastrl.models import (
     LoRASettings,
     add_lora,
+    check_lora,
     load_policy,
     load_scalar_model,
     load_tokenizer,
@@ -50,7 +51,8 @@ class Assessment(NamedTuple):
 def load_roles(cfg: PPOConfig, tokenizer: Any) -> Roles:
     """The models in eval mode: dropout stays off, so that old and new log-probs differ by the update alone.
 
-    With LoRA, policy and critic get adapters and lend their bases to reference and reward model; else those are copies.
+    Reference and reward model are copies. With LoRA there are none: policy and critic get adapters (`add_adapters`) and
+    lend their bases.
 
     Raises:
         ValueError: the reward model has another vocabulary than the policy.
@@ -64,13 +66,24 @@ def load_roles(cfg: PPOConfig, tokenizer: Any) -> Roles:
     check_policy(policy, tokenizer, cfg.model)
     critic: Any = load_scalar_model(cfg.reward_model, dtype=cfg.dtype, device=cfg.device)
     check_scalar(critic, tokenizer, cfg.reward_model)
-    if cfg.lora_rank == 0:
-        reference, reward_model = (copy.deepcopy(model).requires_grad_(False).eval() for model in (policy, critic))
-        return Roles(policy.eval(), reference, critic.eval(), reward_model)
-    save_merged_base(policy, tokenizer, cfg.output)
-    save_merged_base(critic, tokenizer, Path(cfg.output) / "critic")
-    settings = LoRASettings(cfg.lora_rank, 2 * cfg.lora_rank, 0.0, cfg.lora_targets)
-    return Roles(add_lora(policy, settings).eval(), None, add_lora(critic, settings).eval(), None)
+    if cfg.lora_rank > 0:
+        for model in (policy, critic):
+            check_lora(model, _lora(cfg))
+        return Roles(policy, None, critic, None)
+    reference, reward_model = (copy.deepcopy(model).requires_grad_(False).eval() for model in (policy, critic))
+    return Roles(policy.eval(), reference, critic.eval(), reward_model)
+
+
+def add_adapters(roles: Roles, tokenizer: Any, cfg: PPOConfig) -> Roles:
+    """LoRA on policy and critic, drawn from torch's global generator; bases that were merged get folders in output."""
+    save_merged_base(roles.policy, tokenizer, cfg.output)
+    save_merged_base(roles.critic, tokenizer, Path(cfg.output) / "critic")
+    policy, critic = (add_lora(model, _lora(cfg)).eval() for model in (roles.policy, roles.critic))
+    return Roles(policy, None, critic, None)
+
+
+def _lora(cfg: PPOConfig) -> LoRASettings:
+    return LoRASettings(cfg.lora_rank, 2 * cfg.lora_rank, 0.0, cfg.lora_targets)
 
 
 @contextmanager

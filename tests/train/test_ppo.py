@@ -28,7 +28,7 @@ from fastrl.train.ppo_batch import (
     summarise,
     take_rows,
 )
-from fastrl.train.ppo_roles import assess, load_roles
+from fastrl.train.ppo_roles import add_adapters, assess, load_roles
 
 EOS, LIKED = 1, slice(130, 259)
 
@@ -99,6 +99,8 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.model)
     roles = load_roles(cfg, tokenizer)
+    if cfg.lora_rank > 0:
+        roles = add_adapters(roles, tokenizer, cfg)
     with torch.no_grad():
         for model in (roles.policy, roles.critic):
             for parameter in model.parameters():
@@ -503,12 +505,12 @@ def test_prompts_longer_than_the_context_do_not_crash(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kl_estimator": "k4"}, "kl_estimator: expected k1, k2 or k3, got 'k4'"),
-        ({"minibatch_size": 0}, "minibatch_size: expected >= 1, got 0"),
-        ({"temperature": 0.0}, "temperature: expected > 0"),
+        ({"kl_estimator": "k4"}, "kl_estimator: expected one of k1, k2, k3, got 'k4'"),
+        ({"minibatch_size": 0}, "minibatch_size: expected a number of at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"max_new_tokens": 256}, r"max_new_tokens \+ 1"),
         ({"stop_tokens": "abc"}, "stop token 'abc': expected one token"),
-        ({"lora_rank": -1}, "rank: expected a positive integer, got -1"),
+        ({"lora_rank": -1}, "lora_rank: expected a number of at least 0, got -1"),
     ],
 )
 def test_bad_settings(config, changes, message):

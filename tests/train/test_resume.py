@@ -70,15 +70,17 @@ def test_other_settings_are_an_error(loop, monkeypatch):
 
 @pytest.mark.parametrize("loop", ["sft"], indirect=True)
 def test_what_is_there_at_the_start(loop, monkeypatch, capsys):
-    """Nothing to go on from: a run from the beginning. A new run puts the checkpoints of an earlier one aside."""
+    """Nothing to go on from: a run from the beginning. A new run puts an earlier one aside, whole."""
     main, cfg = loop
     interrupt(monkeypatch, main, replace(cfg, resume=True), 4)
     assert "no checkpoint under" in capsys.readouterr().out
     interrupt(monkeypatch, main, cfg, 2)
-    folder = Path(cfg.output)
-    assert "checkpoints of an earlier run are now in" in capsys.readouterr().out
-    assert [path.name for path in (folder / "checkpoints.previous").iterdir()] == ["step-000002"]
+    folder, aside = Path(cfg.output), Path(f"{cfg.output}.previous")
+    assert f"the earlier run in {folder} is now in {aside}" in capsys.readouterr().out
+    assert [path.name for path in (aside / "checkpoints").iterdir()] == ["step-000002"]
     assert not (folder / "checkpoints").exists()
+    interrupt(monkeypatch, main, cfg, 2)  # nothing was worth keeping
+    assert (aside / "checkpoints/step-000002").exists()
 
 
 @pytest.mark.parametrize("loop", ["sft"], indirect=True)
