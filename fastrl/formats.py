@@ -1,15 +1,17 @@
 """The record formats that fastrl reads, detected from their keys.
 
-Instruction data   `messages` | `prompt` + `completion` | `instruction` (+ `input`) + `output`
-                   | `instruction` + `instances` (Self-Instruct's seed tasks)
+Instruction data   `messages` or `conversations` | `prompt` + `completion` | `instruction` (+ `input`) + `output`
+                   | `instruction` + `instances` (Self-Instruct's seed tasks) | one column with a question's name (question,
+                   query, problem, ...) and one with an answer's (response, answer, ...) | `text` under template none
 Preferences        (`prompt` +) `chosen` + `rejected`, optional `margin`
-                   | `prompt` + `responses` + `ranks` (lower is better) or `scores` (higher is
-                   better); optional `criterion` in both
+                   | `prompt` + `responses` + `ranks` (lower is better) or `scores` (higher is better); optional `criterion`
+                   in both
 Prompts            `prompt` | `messages` | any of the above, of which the prompt is taken
 
-A prompt, completion, chosen or rejected is a string or a list of messages. The prompt of a pair
-may be implicit: the messages both sides share, or, for HH-RLHF transcripts
-("\\n\\nHuman: ... \\n\\nAssistant: ..."), the shared text up to the last "\\n\\nAssistant:".
+Besides: `system`, `history` (pairs of question and answer) and `tools`. A prompt, completion, chosen or rejected is a
+string or a list of messages (`fastrl.messages`). The prompt of a pair may be implicit: the messages both sides share, or,
+for HH-RLHF transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), the shared text up to the last "\\n\\nAssistant:"; and
+one that both sides repeat is taken off them. `raw` (template none) leaves every text as it is.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ import os.path
 import re
 from typing import Any, NamedTuple
 
+from fastrl.bad_records import BadRecord, Unusable
+from fastrl.columns import ANSWERS, QUESTIONS, find_column
+from fastrl.messages import Message, assistant, holds_messages, mistyped, parse_json, read_messages, user
 from fastrl.sources import Record
 
-Message = dict[str, str]  # role, content and, for Alpaca's third slot, input
-
-ROLES = ("system", "user", "assistant")
 INSTRUCTION_FORMATS = (
     "messages",
+    "conversations",
     "prompt + completion",
     "instruction (+ input) + output",
     "instruction + instances",
+    "text",
 )
 PREFERENCE_FORMATS = (
     "prompt + chosen + rejected",
@@ -37,80 +41,72 @@ PREFERENCE_FORMATS = (
     "prompt + responses + scores",
 )
 PROMPT_FORMATS = ("prompt", "messages", "instruction (+ input)", "chosen + rejected")
+CONVERSATIONS = ("messages", "conversations", "conversation")
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-class Comparison(NamedTuple):
-    """Answers to one prompt with their ranks; lower is better, equal ranks are ties."""
+class Conversation(NamedTuple):
+    """Messages and the tools that the template may show; every assistant's message says whether it is a target."""
 
     messages: list[Message]
-    responses: list[str]
+    tools: list[Any] | None = None
+
+
+class Comparison(NamedTuple):
+    """Answers (the assistant's messages) to one prompt with their ranks; lower is better, equal ranks are ties."""
+
+    messages: list[Message]
+    responses: list[Message]
     ranks: list[int]
     margin: float
     criterion: str | None
+    tools: list[Any] | None = None
 
 
-class Unusable(Exception):
-    """A well-formed record that holds nothing to learn from; dropped and counted."""
+def conversations(record: Record, *, raw: bool = False) -> list[Conversation]:
+    """The conversations of an instruction record: one, or one per Self-Instruct instance.
+
+    Raises:
+        BadRecord, Unusable: the record cannot be trained on.
+    """
+    tools = _tools(record)
+    return [Conversation(_checked(messages), tools) for messages in _instructions(record, raw)]
 
 
-def conversations(record: Record) -> list[list[Message]]:
-    """The conversations of an instruction record: one, or one per Self-Instruct instance."""
-    if "messages" in record:
-        return [_messages(record, "messages")]
-    if "prompt" in record and "completion" in record:
-        completion = record["completion"]
-        if isinstance(completion, str):
-            answer = [_assistant(completion)]
-        else:
-            answer = _messages(record, "completion")
-        return [_prompt(record) + answer]
-    if "instruction" in record and "output" in record:
-        return [[_task(record, record), _assistant(_text(record, "output"))]]
-    if "instruction" in record and "instances" in record:
-        return [[_task(record, instance), _assistant(_text(instance, "output"))] for instance in _instances(record)]
-    raise _unknown(record, "instruction", INSTRUCTION_FORMATS)
-
-
-def comparison(record: Record) -> Comparison:
-    """The ranked answers of a preference record."""
+def comparison(record: Record, *, raw: bool = False) -> Comparison:
+    """The ranked answers of a preference record. Raises BadRecord or Unusable."""
     if "chosen" in record and "rejected" in record:
-        messages, responses = _pair(record)
+        messages, responses = _pair(record, raw)
         ranks = [0, 1]
     elif "prompt" in record and "responses" in record and ("ranks" in record or "scores" in record):
-        messages, responses, ranks = _ranked(record)
+        messages, responses, ranks = _ranked(record, raw)
     else:
+        _check_paired(record)
         raise _unknown(record, "preference", PREFERENCE_FORMATS)
+    _check_first(messages)
     margin = record.get("margin")
     criterion = record.get("criterion")
     if criterion is not None and not isinstance(criterion, str):
-        raise _mistyped("criterion", "a string", criterion)
+        raise mistyped("criterion", "a string", criterion)
     return Comparison(
         messages,
         responses,
         ranks,
         margin=0.0 if margin is None else _number(margin, "margin"),
         criterion=criterion,
+        tools=_tools(record),
     )
 
 
-def prompts(record: Record) -> list[list[Message]]:
-    """The prompts of a record of any format: messages that end where a response is due."""
-    if "prompt" in record:
-        return [_prompt(record)]
-    if "messages" in record:
-        messages = _messages(record, "messages")
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        return [messages]
-    if "instruction" in record and "instances" in record:
-        return [[_task(record, instance)] for instance in _instances(record)]
-    if "instruction" in record:
-        return [[_task(record, record)]]
-    if "chosen" in record and "rejected" in record:
-        return [_pair(record)[0]]
-    raise _unknown(record, "prompt", PROMPT_FORMATS)
+def prompts(record: Record, *, raw: bool = False) -> list[Conversation]:
+    """The prompts of a record of any format: messages that end where a response is due. Raises BadRecord, Unusable."""
+    found = _prompts(record, raw)
+    for messages in found:
+        if not any((message["content"] or "").strip() for message in messages):
+            raise BadRecord("empty prompt")
+        _check_first(messages)
+    return [Conversation(messages, _tools(record)) for messages in found]
 
 
 def parse_transcript(text: str) -> list[Message]:
@@ -129,56 +125,175 @@ def parse_transcript(text: str) -> list[Message]:
     return messages
 
 
-def _pair(record: Record) -> tuple[list[Message], list[str]]:
+def _instructions(record: Record, raw: bool) -> list[list[Message]]:
+    if raw and "text" in record:
+        return [[assistant(_text(record, "text"))]]
+    for key in CONVERSATIONS:
+        if key in record:
+            return [_system(record, read_messages(record[key], key))]
+    _check_paired(record)
+    if "instruction" in record and "instances" in record:
+        return [[_task(record, instance), assistant(_text(instance, "output"))] for instance in _instances(record)]
+    answer = _answer_column(record)
+    question = _question(record, raw) if answer else None
+    if answer and question:
+        if not holds_messages(record[answer]):
+            return [_untrained(question) + [assistant(_text(record, answer))]]
+        completion = read_messages(record[answer], answer)
+        if completion[: len(question)] == question:
+            completion = completion[len(question) :]
+        return [_untrained(question) + completion]
+    if "text" in record:
+        raise BadRecord("raw text", "'text' is raw text: set template to none to train on it as it is")
+    raise _unknown(record, "instruction", INSTRUCTION_FORMATS)
+
+
+def _prompts(record: Record, raw: bool) -> list[list[Message]]:
+    if "prompt" in record:
+        return [_prompt(record, raw)]
+    for key in CONVERSATIONS:
+        if key in record:
+            messages = _system(record, read_messages(record[key], key))
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            return [messages]
+    if "instruction" in record and "instances" in record:
+        return [[_task(record, instance)] for instance in _instances(record)]
+    if question := _question(record, raw):
+        return [question]
+    if "chosen" in record and "rejected" in record:
+        return [_pair(record, raw)[0]]
+    raise _unknown(record, "prompt", PROMPT_FORMATS)
+
+
+def _checked(messages: list[Message]) -> list[Message]:
+    """The conversation up to its last answer, every answer with its mark; what has nothing to learn is refused."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise BadRecord("no response")
+    messages = messages[: answers[-1] + 1]
+    for index in answers:
+        messages[index].setdefault("train", True)
+    if not any((messages[i]["content"] or "").strip() or messages[i].get("tool_calls") for i in answers):
+        raise BadRecord("empty response")
+    if not any(messages[index]["train"] for index in answers):
+        raise Unusable("no turn is a target")
+    if len(messages) > 1:
+        _check_first(messages)
+    return messages
+
+
+def _check_first(messages: list[Message]) -> None:
+    if next((m["role"] for m in messages if m["role"] not in ("system", "developer")), None) == "assistant":
+        raise BadRecord("the assistant speaks first")
+
+
+def _check_paired(record: Record) -> None:
+    """Refuse records that say of one answer whether it is good."""
+    if "completion" in record and record.get("label") in (0, 1):
+        raise BadRecord(
+            "unpaired preference",
+            "'completion' + 'label' says of one answer whether it is good; fastrl learns from pairs (chosen + rejected)"
+            " or instructions (without 'label'): pair the answers, or keep the good ones and drop the column",
+        )
+
+
+def _untrained(messages: list[Message]) -> list[Message]:
+    """History of a completion: its answers are no targets unless the record says so."""
+    for message in messages:
+        if message["role"] == "assistant":
+            message.setdefault("train", False)
+    return messages
+
+
+def _pair(record: Record, raw: bool) -> tuple[list[Message], list[Message]]:
     chosen, rejected = record["chosen"], record["rejected"]
-    if type(chosen) is not type(rejected):
-        raise ValueError(
+    lists = [holds_messages(side) for side in (chosen, rejected)]
+    if lists[0] != lists[1] or not (all(lists) or (isinstance(chosen, str) and isinstance(rejected, str))):
+        raise BadRecord(
+            "field of the wrong kind",
             "'chosen' and 'rejected' must both be strings or both be message lists, "
-            f"got {type(chosen).__name__} and {type(rejected).__name__}"
+            f"got {type(chosen).__name__} and {type(rejected).__name__}",
         )
     if chosen == rejected:
-        raise ValueError("'chosen' and 'rejected' are identical; a preference needs two answers")
-    if isinstance(chosen, str):
-        if "prompt" in record:
-            return _prompt(record), [chosen.strip(), rejected.strip()]
-        return _transcript_pair(chosen, rejected)
-    sides = [_messages(record, "chosen"), _messages(record, "rejected")]
+        raise BadRecord("identical sides", "'chosen' and 'rejected' are identical; a preference needs two answers")
+    if all(lists):
+        return _message_pair(record, raw)
+    prompt = _question(record, raw) or _context(record)
+    if prompt:
+        answers = _without_prompt(record.get("prompt"), [chosen, rejected], raw)
+        return prompt, [assistant(answer) for answer in answers]
+    return _transcript_pair(chosen, rejected, raw)
+
+
+def _message_pair(record: Record, raw: bool) -> tuple[list[Message], list[Message]]:
+    sides = [read_messages(record["chosen"], "chosen"), read_messages(record["rejected"], "rejected")]
     if any(side[-1]["role"] != "assistant" for side in sides):
-        raise ValueError("the last message of 'chosen' and of 'rejected' must be the assistant's")
+        raise BadRecord(
+            "side without an answer", "the last message of 'chosen' and of 'rejected' must be the assistant's"
+        )
     if sides[0][:-1] != sides[1][:-1]:
         raise Unusable("sides differ before their last turn")
+    if sides[0][-1] == sides[1][-1]:
+        raise BadRecord("identical sides", "'chosen' and 'rejected' are identical; a preference needs two answers")
     shared = sides[0][:-1]
-    if not shared or (shared[0]["role"] == "assistant" and "prompt" in record):
-        shared = _prompt(record) + shared
-    return shared, [side[-1]["content"].strip() for side in sides]
+    prompt = _question(record, raw) or _context(record) or []
+    if not shared or shared[0]["role"] == "assistant":
+        if not prompt:
+            raise BadRecord("no prompt", f"missing 'prompt'; keys found: {', '.join(map(str, record))}")
+        shared = prompt + shared
+    elif prompt and prompt[0]["role"] == "system" and shared[0]["role"] != "system":
+        shared = prompt[:1] + shared
+    return shared, [side[-1] for side in sides]
 
 
-def _transcript_pair(chosen: str, rejected: str) -> tuple[list[Message], list[str]]:
+def _without_prompt(prompt: Any, answers: list[str], raw: bool) -> list[str]:
+    """The answers without the prompt that all of them repeat, and without the space around them in a transcript.
+
+    A prompt of one word may be how the answers begin; more is a repetition.
+    """
+    if not isinstance(prompt, str):
+        return answers
+    start = prompt.rstrip()
+    if len(start.split()) > 1 and all(answer.startswith(start) for answer in answers):
+        answers = [answer.removeprefix(start) for answer in answers]
+        if raw:
+            space = prompt[len(start) :]
+            return [answer.removeprefix(space) for answer in answers]
+        answers = [answer.lstrip() for answer in answers]
+    return [answer.strip() for answer in answers] if _is_transcript(prompt) and not raw else answers
+
+
+def _transcript_pair(chosen: str, rejected: str, raw: bool) -> tuple[list[Message], list[Message]]:
     shared = os.path.commonprefix([chosen, rejected])
     end = shared.rfind(ASSISTANT)
     if end < 0 or not shared.startswith(HUMAN):
-        raise ValueError(
+        raise BadRecord(
+            "no prompt",
             "no 'prompt', and 'chosen' and 'rejected' are no transcripts with a shared beginning "
-            f"({HUMAN!r} ... {ASSISTANT!r} ...); add a 'prompt'"
+            f"({HUMAN!r} ... {ASSISTANT!r} ...); add a 'prompt'",
         )
     end += len(ASSISTANT)
     answers = [chosen[end:], rejected[end:]]
     if any(marker in answer for answer in answers for marker in (HUMAN, ASSISTANT)):
         raise Unusable("sides differ before their last turn")
-    return parse_transcript(shared[:end]), [answer.strip() for answer in answers]
+    if raw:
+        return [user(shared[:end])], [assistant(answer) for answer in answers]
+    return parse_transcript(shared[:end]), [assistant(answer.strip()) for answer in answers]
 
 
-def _ranked(record: Record) -> tuple[list[Message], list[str], list[int]]:
+def _ranked(record: Record, raw: bool) -> tuple[list[Message], list[Message], list[int]]:
     responses = record["responses"]
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
-        raise _mistyped("responses", "a list of strings", responses)
+        raise mistyped("responses", "a list of strings", responses)
     key = "ranks" if record.get("ranks") is not None else "scores"
     grades = record[key]
     if not isinstance(grades, list):
-        raise _mistyped(key, "a list of numbers", grades)
+        raise mistyped(key, "a list of numbers", grades)
     if len(responses) < 2 or len(grades) != len(responses):
-        raise ValueError(
-            f"'responses' and '{key}' must have the same length, at least 2; got {len(responses)} and {len(grades)}"
+        raise BadRecord(
+            "answers without a rank each",
+            f"'responses' and '{key}' must have the same length, at least 2; got {len(responses)} and {len(grades)}",
         )
     sign = 1 if key == "ranks" else -1
     costs = [sign * _number(grade, key) for grade in grades]
@@ -187,42 +302,82 @@ def _ranked(record: Record) -> tuple[list[Message], list[str], list[int]]:
     rank_of: dict[str, int] = {}
     for response, rank in zip(responses, ranks, strict=True):
         if rank_of.setdefault(response, rank) != rank:
-            raise ValueError(f"identical responses with different {key}: {response[:60]!r}")
+            raise BadRecord("identical sides", f"identical responses with different {key}: {response[:60]!r}")
     if len(order) == 1:
         raise Unusable("all responses tie")
-    return _prompt(record), [response.strip() for response in responses], ranks
+    answers = _without_prompt(record["prompt"], responses, raw)
+    return _prompt(record, raw), [assistant(answer) for answer in answers], ranks
 
 
-def _prompt(record: Record) -> list[Message]:
+def _prompt(record: Record, raw: bool) -> list[Message]:
     """The `prompt` field: a string, an HH-RLHF transcript or messages."""
-    if "prompt" not in record:
-        raise ValueError(f"missing 'prompt'; keys found: {', '.join(map(str, record))}")
-    if not isinstance(record["prompt"], str):
-        messages = _messages(record, "prompt")
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("the last message of 'prompt' must not be the assistant's")
-        return messages
     text = record["prompt"]
-    if text.startswith(HUMAN) and text.rstrip().endswith(ASSISTANT):
-        return parse_transcript(text.rstrip())
-    return [{"role": "user", "content": text}]
+    if holds_messages(text):
+        messages = read_messages(text, "prompt")
+        if messages[-1]["role"] == "assistant":
+            raise BadRecord("prompt that ends in an answer", "the last message of 'prompt' must not be the assistant's")
+        return _system(record, messages)
+    if not isinstance(text, str):
+        raise mistyped("prompt", "a string or a list of messages", text)
+    if _is_transcript(text) and not raw:
+        return _system(record, parse_transcript(text.rstrip()))
+    return _system(record, [user(text)])
 
 
-def _messages(record: Record, key: str) -> list[Message]:
-    """Validated copy of a message list, reduced to role and content."""
-    messages = record[key]
-    if not isinstance(messages, list) or not messages:
-        raise _mistyped(key, "a string or a non-empty list of messages", messages)
-    result = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _mistyped(f"{key}[{index}]", "an object with 'role' and 'content'", message)
-        if message["role"] not in ROLES:
-            raise _mistyped(f"{key}[{index}].role", f"one of {', '.join(ROLES)}", message["role"])
-        if not isinstance(message["content"], str):
-            raise _mistyped(f"{key}[{index}].content", "a string", message["content"])
-        result.append({"role": message["role"], "content": message["content"]})
-    return result
+def _is_transcript(text: str) -> bool:
+    return text.startswith(HUMAN) and text.rstrip().endswith(ASSISTANT)
+
+
+def _question(record: Record, raw: bool) -> list[Message] | None:
+    """The question of a record with columns; None if no column has a question's name."""
+    if "prompt" in record:
+        return _prompt(record, raw)
+    column = "instruction" if "instruction" in record else find_column(record, QUESTIONS, "prompt")
+    if column is None:
+        return None
+    return _system(record, [_task(record, record, column)])
+
+
+def _answer_column(record: Record) -> str | None:
+    for question, answer in (("prompt", "completion"), ("instruction", "output")):
+        if question in record and answer in record:
+            return answer
+    return find_column(record, ANSWERS, "completion")
+
+
+def _context(record: Record) -> list[Message] | None:
+    """Messages before a pair's answers, in a column of their own."""
+    for key in CONVERSATIONS:
+        if key in record:
+            messages = _system(record, read_messages(record[key], key))
+            return None if messages[-1]["role"] == "assistant" else messages
+    return None
+
+
+def _system(record: Record, messages: list[Message]) -> list[Message]:
+    """The messages with the record's `system` message and `history` before them."""
+    before: list[Message] = []
+    system = record.get("system", record.get("system_prompt"))
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        before.append({"role": "system", "content": system})
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
+    ):
+        raise mistyped("history", "a list of [question, answer]", history)
+    for question, answer in history:
+        before += [user(question), {**assistant(answer), "train": False}]
+    return before + messages
+
+
+def _tools(record: Record) -> list[Any] | None:
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = parse_json(tools, "tools")
+    if tools and not isinstance(tools, list):
+        raise mistyped("tools", "a list of tools", tools)
+    return tools or None
 
 
 def _instances(record: Record) -> list[Record]:
@@ -230,39 +385,39 @@ def _instances(record: Record) -> list[Record]:
     if not isinstance(instances, list) or not all(
         isinstance(instance, dict) and "output" in instance for instance in instances
     ):
-        raise _mistyped("instances", "a list of objects with 'input' and 'output'", instances)
+        raise mistyped("instances", "a list of objects with 'input' and 'output'", instances)
     return instances
 
 
-def _task(record: Record, instance: Record) -> Message:
-    message = {"role": "user", "content": _text(record, "instruction")}
-    if instance.get("input") is not None and _text(instance, "input").strip():
-        message["input"] = instance["input"]
+def _task(record: Record, instance: Record, column: str = "instruction") -> Message:
+    """The question with what stands beside it: Alpaca's `input`, Dolly's `context`."""
+    message = user(_text(record, column))
+    beside = find_column(
+        {key: value for key, value in instance.items() if value is not None and value != "" and key != column},
+        ("input", "context"),
+        "input",
+    )
+    if beside is not None and _text(instance, beside).strip():
+        message["input"] = instance[beside]
     return message
-
-
-def _assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
 
 
 def _text(record: Record, key: str) -> str:
     if not isinstance(record[key], str):
-        raise _mistyped(key, "a string", record[key])
+        raise mistyped(key, "a string", record[key])
     return record[key]
 
 
 def _number(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _mistyped(key, "a finite number", value)
+        raise mistyped(key, "a finite number", value)
     return float(value)
 
 
-def _mistyped(key: str, expected: str, got: Any) -> ValueError:
-    shown = repr(got)
-    shown = shown if len(shown) <= 60 else shown[:60] + "..."
-    return ValueError(f"'{key}' must be {expected}, got {type(got).__name__} {shown}")
-
-
-def _unknown(record: Record, kind: str, formats: tuple[str, ...]) -> ValueError:
+def _unknown(record: Record, kind: str, formats: tuple[str, ...]) -> BadRecord:
     found = ", ".join(sorted(map(str, record))) or "none"
-    return ValueError(f"no known {kind} format: keys found: {found}; expected {' | '.join(formats)}")
+    return BadRecord(
+        f"no known {kind} format",
+        f"no known {kind} format: keys with a value: {found}; expected {' | '.join(formats)}, or name the columns "
+        "with columns: prompt=...",
+    )
