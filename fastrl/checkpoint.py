@@ -15,6 +15,7 @@ import transformers
 
 from fastrl.models import SCORE_FIELDS, SCORE_FILE, base_model, is_adapter, quiet_transformers
 from fastrl.optim import NonFiniteError
+from fastrl.rollout import write_generation_config
 
 
 def save_model(
@@ -63,6 +64,8 @@ def _write(
     else:
         model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    if base_model(model).can_generate():
+        write_generation_config(base_model(model), tokenizer, staging)
 
 
 def checkpoints(output: str | Path) -> list[Path]:

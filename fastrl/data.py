@@ -6,7 +6,6 @@ is bad, empty or too long is dropped and counted, and too many bad ones are an e
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,8 +85,8 @@ def load_examples(
 ) -> tuple[list[Example], LoadReport]:
     """Instruction data for SFT: only the assistant's turns and their end tokens are targets.
 
-    The ids are those of `tokenizer.apply_chat_template` on the whole conversation, up to its last answer. Answers in the
-    history of a prompt + completion record, and turns marked `weight: 0` or `train: false`, are no targets.
+    The ids are those of `tokenizer.apply_chat_template` on the whole conversation, up to its last answer. Answers in
+    the history of a prompt + completion record, and turns marked `weight: 0` or `train: false`, are no targets.
 
     Args:
         source: anything `fastrl.sources.read_records` reads, in a format of `fastrl.formats`.

@@ -1,17 +1,18 @@
 """The record formats that fastrl reads, detected from their keys.
 
 Instruction data   `messages` or `conversations` | `prompt` + `completion` | `instruction` (+ `input`) + `output`
-                   | `instruction` + `instances` (Self-Instruct's seed tasks) | one column with a question's name (question,
-                   query, problem, ...) and one with an answer's (response, answer, ...) | `text` under template none
+                   | `instruction` + `instances` (Self-Instruct's seed tasks) | one column with a question's name
+                   (question, query, problem, ...) and one with an answer's (response, answer, ...)
+                   | `text` under template none
 Preferences        (`prompt` +) `chosen` + `rejected`, optional `margin`
-                   | `prompt` + `responses` + `ranks` (lower is better) or `scores` (higher is better); optional `criterion`
-                   in both
+                   | `prompt` + `responses` + `ranks` (lower is better) or `scores` (higher is better);
+                   optional `criterion` in both
 Prompts            `prompt` | `messages` | any of the above, of which the prompt is taken
 
 Besides: `system`, `history` (pairs of question and answer) and `tools`. A prompt, completion, chosen or rejected is a
-string or a list of messages (`fastrl.messages`). The prompt of a pair may be implicit: the messages both sides share, or,
-for HH-RLHF transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), the shared text up to the last "\\n\\nAssistant:"; and
-one that both sides repeat is taken off them. `raw` (template none) leaves every text as it is.
+string or a list of messages (`fastrl.messages`). The prompt of a pair may be implicit: the messages both sides share,
+or, for HH-RLHF transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), the shared text up to the last
+"\\n\\nAssistant:"; one that both sides repeat is taken off them. `raw` (template none) leaves every text as it is.
 """
 
 from __future__ import annotations
@@ -418,6 +419,6 @@ def _unknown(record: Record, kind: str, formats: tuple[str, ...]) -> BadRecord:
     found = ", ".join(sorted(map(str, record))) or "none"
     return BadRecord(
         f"no known {kind} format",
-        f"no known {kind} format: keys with a value: {found}; expected {' | '.join(formats)}, or name the columns "
+        f"no known {kind} format: keys found: {found}; expected {' | '.join(formats)}, or name the columns "
         "with columns: prompt=...",
     )

@@ -1,7 +1,7 @@
 """Lists of messages as they come in data, brought to one form: `role`, `content` and what else the template reads.
 
-OpenAI's and TRL's `role` + `content`, ShareGPT's `from` + `value`, content in parts, tool calls with null content, lists
-stored as JSON text, and the marks that say whether an assistant's turn is a target.
+OpenAI's and TRL's `role` + `content`, ShareGPT's `from` + `value`, content in parts, tool calls with null content,
+lists stored as JSON text, and the marks that say whether an assistant's turn is a target.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _read_message(message: Any, key: str) -> Message:
     role = message[role_key]
     if not isinstance(role, str) or role not in ROLES:
         raise mistyped(f"{key}.{role_key}", f"one of {', '.join(ROLES)}", role)
-    read = {"role": ROLES[role], "content": _content(message, content_key, key)}
+    read: Message = {"role": ROLES[role], "content": _content(message, content_key, key)}
     extra = {name: value for name, value in message.items() if value is not None and name not in OWN_KEYS}
     train = _train_mark(message, read["role"], key)
     return {**read, **extra} if train is None else {**read, **extra, "train": train}
@@ -116,7 +116,9 @@ def _train_mark(message: dict[str, Any], role: str, key: str) -> bool | None:
     marks = {name: message[name] for name in TRAIN_MARKS if message.get(name) is not None}
     for name, value in marks.items():
         if value not in (0, 1):
-            raise BadRecord("turn weight other than 0 and 1", f"'{key}.{name}' must be 0, 1, true or false, got {value!r}")
+            raise BadRecord(
+                "turn weight other than 0 and 1", f"'{key}.{name}' must be 0, 1, true or false, got {value!r}"
+            )
     if not marks:
         return None
     train = all(marks.values())

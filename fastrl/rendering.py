@@ -9,6 +9,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastrl.bad_records import BadRecord
@@ -87,11 +88,8 @@ def tokenize(template: Template, rendered: Sequence[Rendered]) -> Iterator[Token
         chunk = rendered[first : first + CHUNK]
         batch = tokenizer([r.text for r in chunk], add_special_tokens=False, verbose=False)
         for row, (item, input_ids) in enumerate(zip(chunk, batch["input_ids"], strict=True)):
-            encoding = batch[row] if batch.is_fast else None
-            places = [
-                tuple(_token_at(tokenizer, item.text, input_ids, encoding, place) for place in span)
-                for span in item.spans
-            ]
+            at = partial(_token_at, tokenizer, item.text, input_ids, batch[row] if batch.is_fast else None)
+            places = [(at(start), at(end)) for start, end in item.spans]
             if item.append_end:
                 input_ids = [*input_ids, template.end_id]
                 if item.spans[-1][1] == len(item.text):

@@ -45,7 +45,8 @@ def read_records(source: Source) -> Iterator[tuple[str, Record]]:
 
 def source_name(source: Source) -> str:
     """The source as text, for reports and messages."""
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ", ".join(map(os.fspath, source))
+    names = [source] if isinstance(source, (str, os.PathLike)) else source
+    return ", ".join(os.fspath(name) for name in names)
 
 
 def _reader(name: str) -> Iterator[tuple[str, Record]]:

@@ -67,12 +67,12 @@ def choose_template(tokenizer: Any, template: str = "auto") -> str:
     return chosen
 
 
-def record_template(tokenizer: Any, template: str = "auto") -> str:
+def record_template(tokenizer: Any, template: str = "auto", *, teach: bool = False) -> str:
     """`choose_template`, written down in the tokenizer, so that every model saved with it says how it was trained.
 
-    What was trained on raw text alone (`none`) may still be taught a template.
+    `teach`: what was trained on raw text alone (`none`) is taught another template.
     """
-    if recorded_template(tokenizer) == "none" and template not in ("auto", "none"):
+    if teach and recorded_template(tokenizer) == "none" and template not in ("auto", "none"):
         del tokenizer.init_kwargs[RECORD]
     chosen = choose_template(tokenizer, template)
     tokenizer.init_kwargs[RECORD] = chosen
@@ -85,6 +85,16 @@ def recorded_template(source: Any) -> str | None:
         file = Path(source) / "tokenizer_config.json"
         return json.loads(file.read_text(encoding="utf-8")).get(RECORD) if file.is_file() else None
     return getattr(source, "init_kwargs", {}).get(RECORD)
+
+
+def check_same_template(template: str, model: str, reward_model: str) -> None:
+    """Raise ValueError if the reward model in that folder was trained with another template than the policy's."""
+    other = recorded_template(Path(reward_model).expanduser())
+    if other not in (None, template):
+        raise ValueError(
+            f"template: expected the same for both models, got '{template}' for the policy {model} and '{other}', with "
+            f"which the reward model {reward_model} was trained; train one of them anew with the other's template"
+        )
 
 
 def read_template(tokenizer: Any, template: str = "auto") -> Template:
@@ -161,7 +171,9 @@ def render(template: Template, messages: list[Message], tools: list[Any] | None 
     """
     if template.name == "chat":
         return _render_chat(template, messages, tools, prompt)
-    if any(message["content"] is None or message["role"] not in ("system", "user", "assistant") for message in messages):
+    if any(
+        message["content"] is None or message["role"] not in ("system", "user", "assistant") for message in messages
+    ):
         raise BadRecord("tool turns without a chat template", f"template '{template.name}' cannot write turns of tools")
     if template.name == "none":
         return _render_raw(template, messages)
@@ -202,7 +214,9 @@ def _render_raw(template: Template, messages: list[Message]) -> str:
     """Prompt and answer as they are; bos in front if the tokenizer puts it there."""
     if len(messages) > 2 or any(m["role"] == "assistant" for m in messages[:-1]):
         roles = ", ".join(m["role"] for m in messages)
-        raise BadRecord("turns without a template", f"template 'none' writes text, or a prompt and an answer, got {roles}")
+        raise BadRecord(
+            "turns without a template", f"template 'none' writes text, or a prompt and an answer, got {roles}"
+        )
     return _bos_text(template.tokenizer) + "".join(join_input(message) for message in messages)
 
 

@@ -39,6 +39,7 @@ from fastrl.models import (
 from fastrl.ops import ranking_loss
 from fastrl.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
 from fastrl.resume import Run, step_seed
+from fastrl.templates import record_template
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class RewardConfig:
     """Settings of reward-model training."""
 
     model: str = option(MISSING, "causal LM or reward model to start from: folder or hub id")
-    data: str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder")
+    data: list[str] | str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     output: str = option("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl")
-    eval_data: str = option("", "held-out preferences; empty: split off `holdout` of data")
+    eval_data: list[str] | str = option("", "held-out preferences; empty: split off `holdout` of data")
     holdout: float = option(0.05, "share of data held out for evaluation")
     eval_limit: int = option(500, "held-out items evaluated at most; 0: all")
-    template: str = option("auto", "prompt template: auto (chat template if any), chat or alpaca")
+    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
+    max_bad_records: float = option(0.01, "share of unusable records that is left out; ten always are, at 0 none")
+    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
     max_length: int = option(1024, "longest prompt + response in tokens")
     epochs: int = option(1, "passes over the data; more than one overfits quickly")
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need")
@@ -159,6 +162,7 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
 
     # 2 model and tokenizer
     tokenizer = load_tokenizer(cfg.model)
+    record_template(tokenizer, cfg.template)
     model: Any = load_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
     check_context(model, cfg.max_length, "max_length")
     # transformers' own pooling looks for pad ids: with pad == eos it would skip the real last token
@@ -174,7 +178,14 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
 
     # 3 data
-    load = partial(load_preferences, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
+    load = partial(
+        load_preferences,
+        tokenizer=tokenizer,
+        max_length=cfg.max_length,
+        template=cfg.template,
+        columns=cfg.columns,
+        max_bad_records=cfg.max_bad_records,
+    )
     train, report = load(cfg.data)
     print(report)
     if cfg.eval_data:
