@@ -42,6 +42,7 @@ PREFERENCE_FORMATS = (
     "prompt + responses + scores",
 )
 PROMPT_FORMATS = ("prompt", "messages", "instruction (+ input)", "chosen + rejected")
+UNREAD = ("images", "videos", "audios", "chat_template_kwargs")  # columns that would change what is trained
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -373,6 +374,9 @@ def _system(record: Record, messages: list[Message]) -> list[Message]:
 
 
 def _tools(record: Record) -> list[Any] | None:
+    for column in UNREAD:
+        if record.get(column):
+            raise BadRecord("column that cannot be followed", f"'{column}' is not supported; leave the column out")
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
         tools = parse_json(tools, "tools")

@@ -121,6 +121,8 @@ def _check_tools(template: Template, messages: list[Message], tools: list[Any] |
     """The template writes tools and their calls, if there are any."""
     if not template.shows_tools and any(message.get("tool_calls") for message in messages):
         raise BadRecord("tool calls that the template leaves out", "the template does not write tool calls")
+    if any(m.get("function_call") for m in messages) and "function_call" not in str(template.tokenizer.chat_template):
+        raise BadRecord("tool calls that the template leaves out", "the template does not write 'function_call'")
     if tools and "tools" not in str(template.tokenizer.chat_template):
         raise BadRecord("tools that the template leaves out", "the template does not write a list of tools")
 

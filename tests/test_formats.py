@@ -161,6 +161,14 @@ def test_an_answer_with_a_label_is_no_instruction_and_no_pair():
     assert prompts({**QA, "label": False})[0].messages == [user("q")]
 
 
+@pytest.mark.parametrize("column", ["images", "chat_template_kwargs"])
+def test_columns_that_would_change_what_is_trained_are_refused(column):
+    for read, record in ((conversations, QA), (prompts, QA), (comparison, {"chosen": "a", "rejected": "b", **QA})):
+        with pytest.raises(BadRecord, match=f"'{column}' is not supported"):
+            read({**record, column: {"enable_thinking": False}})
+        read({**record, column: []})
+
+
 # --- prompts inside the sides of a pair
 
 TRANSCRIPT = "\n\nHuman: hi\n\nAssistant:"

@@ -285,6 +285,9 @@ def test_tool_turns_that_the_template_cannot_write_are_refused():
     for template in (CHATML, CHATML.replace("m['content']", "(m['content'] or '')")):
         with pytest.raises(BadRecord, match="does not write tool calls"):
             render_conversation(read_template(make_tokenizer(template)), TOOL_TURNS)
+    old = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}
+    with pytest.raises(BadRecord, match="does not write 'function_call'"):
+        render_conversation(read_template(make_tokenizer(TOOLS)), [user("q"), old])
     with pytest.raises(BadRecord, match="does not write a list of tools"):
         render_conversation(read_template(make_tokenizer(CHATML)), [user("q"), assistant("a")], [{"name": "x"}])
     with pytest.raises(BadRecord, match="'alpaca' cannot write turns of tools"):

@@ -53,6 +53,7 @@ def settings(folder):
     return json.loads((folder / "generation_config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_ends_and_sampling_settings_survive_training_and_export(rank, start, data, tmp_path):
     train("sft", start, data, tmp_path / "sft", lora_rank=rank)
@@ -75,6 +76,7 @@ def trained(start, data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_ppo_samples_from_the_prompts_of_training(trained, data, tmp_path, monkeypatch):
     seen = []
     original = ppo.rollout
