@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from fastrl import formats
+from fastrl import formats, pairs
 from fastrl.bad_records import Dropped
 from fastrl.columns import read_columns, rename
 from fastrl.messages import Message
@@ -142,11 +142,11 @@ def load_preferences(
     """
     writer = read_template(tokenizer, template)
     dropped = Dropped()
-    comparisons: list[tuple[str, formats.Comparison]] = []
+    comparisons: list[tuple[str, pairs.Comparison]] = []
     rendered: list[Rendered] = []
     for where, record in _records(source, columns, dropped):
         with dropped.at(where):
-            comparison = formats.comparison(record, raw=writer.name == "none")
+            comparison = pairs.comparison(record, raw=writer.name == "none")
             rendered += _render_responses(writer, comparison)
             comparisons.append((where, comparison))
 
@@ -258,7 +258,7 @@ def _records(source: Source, columns: Columns, dropped: Dropped) -> Iterator[tup
             yield where, rename(record, names)
 
 
-def _render_responses(template: Template, comparison: formats.Comparison) -> list[Rendered]:
+def _render_responses(template: Template, comparison: pairs.Comparison) -> list[Rendered]:
     """Every response as the last turn of its conversation, alone a target."""
     history = [{**message, "train": False} for message in comparison.messages]
     return [

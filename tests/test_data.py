@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from fastrl.bad_records import BadRecord, Unusable
 from fastrl.data import load_examples, load_preferences, load_prompts, pad, shuffled_batches, split_holdout
-from fastrl.formats import comparison, conversations, parse_transcript, prompts
+from fastrl.formats import conversations, prompts
+from fastrl.pairs import comparison
+from fastrl.questions import parse_transcript
 from fastrl.sources import read_records
 from fastrl.templates import choose_template, encode_prompt, end_token_id, render_prompt
 

@@ -11,7 +11,8 @@ from chats import CHATML, USER_ONLY, assistant, make_tokenizer, supervised, user
 from fastrl.bad_records import BadRecord
 from fastrl.columns import read_columns
 from fastrl.data import load_examples, load_preferences, load_prompts
-from fastrl.formats import comparison, conversations, prompts
+from fastrl.formats import conversations, prompts
+from fastrl.pairs import comparison
 from fastrl.sources import read_records
 
 QA = {"prompt": "q", "completion": "a"}
