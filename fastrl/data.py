@@ -261,17 +261,17 @@ def _records(source: Source, columns: Columns, dropped: Dropped) -> Iterator[tup
 def _render_responses(template: Template, comparison: pairs.Comparison) -> list[Rendered]:
     """Every response as the last turn of its conversation, alone a target."""
     history = [{**message, "train": False} for message in comparison.messages]
+    prompt = render_asked(template, history, comparison.tools)
     return [
-        render_conversation(template, [*history, {**response, "train": True}], comparison.tools)
+        render_conversation(template, [*history, {**response, "train": True}], comparison.tools, prompt)
         for response in comparison.responses
     ]
 
 
 def _shared_length(sequences: Sequence[list[int]], most: int) -> int:
     """How many of the first `most` ids all sequences share: fewer where a token spans prompt and answer."""
-    for length in range(most):
-        if any(ids[length] != sequences[0][length] for ids in sequences):
-            return length
+    while any(ids[:most] != sequences[0][:most] for ids in sequences[1:]):
+        most -= 1
     return most
 
 

@@ -37,8 +37,11 @@ class Tokens(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def render_conversation(template: Template, messages: list[Message], tools: list[Any] | None = None) -> Rendered:
-    """The conversation, which ends with an answer, as the template writes it; `train` marks the targets.
+def render_conversation(
+    template: Template, messages: list[Message], tools: list[Any] | None = None, prompt: str | None = None
+) -> Rendered:
+    """The conversation, which ends with an answer, as the template writes it; `train` marks the targets. `prompt` is
+    what `prompt_text` gives for all but the answer, where that is known.
 
     Raises:
         BadRecord: the template refuses it, leaves out a turn of it, or its last answer cannot be found in the text.
@@ -48,7 +51,7 @@ def render_conversation(template: Template, messages: list[Message], tools: list
     full = render(template, messages, tools)
     _check_complete(template, messages, full)
     last = len(messages) - 1
-    prompt = prompt_text(template, messages[:last], tools)
+    prompt = prompt_text(template, messages[:last], tools) if prompt is None else prompt
     start = _answer_start(template, messages, last, tools, prompt, full)
     end, append_end = _last_end(template, full, start)
     spans, rewritten = [], 0
