@@ -16,6 +16,7 @@ import transformers
 
 from fastrl.models import ADAPTER_CONFIG, SCORE_FIELDS, SCORE_FILE, base_model, is_adapter, quiet_transformers
 from fastrl.optim import NonFiniteError
+from fastrl.rollout import write_generation_config
 
 CONFIGS = {"config.json", ADAPTER_CONFIG}  # a folder without either loads nowhere
 MODEL_FILES = (
@@ -124,6 +125,8 @@ def _write(
     else:
         model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    if base_model(model).can_generate():
+        write_generation_config(base_model(model), tokenizer, staging)
 
 
 def _name_base(model: peft.PeftModel) -> None:

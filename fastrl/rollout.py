@@ -8,9 +8,11 @@ turn negative.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +83,18 @@ def find_stop_token_ids(tokenizer: Any, model: Any = None, stop_tokens: Sequence
         ids.update(configured if isinstance(configured, list) else [configured])
         ids.update([end_token_id(tokenizer), tokenizer.eos_token_id])
     return sorted(token_id for token_id in ids if token_id is not None)
+
+
+def write_generation_config(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write generation_config.json: the model's own settings, and every token that ends a response as its eos, so that
+    transformers and vLLM stop where `fastrl chat` stops.
+
+    Settings that transformers would refuse to save (a temperature without do_sample) are kept as they are.
+    """
+    settings = copy.deepcopy(model.generation_config)
+    stops = find_stop_token_ids(tokenizer, model)
+    settings.eos_token_id = stops[0] if len(stops) == 1 else stops
+    (folder / "generation_config.json").write_text(settings.to_json_string(), encoding="utf-8")
 
 
 def sample_tokens(

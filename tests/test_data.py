@@ -9,53 +9,17 @@ import random
 
 import pytest
 import torch
+from chats import CHATML, FORGETFUL, INST, USER_ONLY, assistant, make_tokenizer, supervised, tokens, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
+from fastrl.bad_records import BadRecord, Unusable
 from fastrl.data import load_examples, load_preferences, load_prompts, pad, shuffled_batches, split_holdout
-from fastrl.formats import comparison, conversations, parse_transcript, prompts
+from fastrl.formats import conversations, prompts
+from fastrl.pairs import comparison
+from fastrl.questions import parse_transcript
 from fastrl.sources import read_records
 from fastrl.templates import choose_template, encode_prompt, end_token_id, render_prompt
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# As Llama 2: no generation prompt, a space before the answer, bos in the text, eos at the end of a turn.
-INST = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<bos>[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] | trim }} <eos>{% endif %}{% endfor %}"
-)
-# Rewrites earlier answers once the conversation goes on.
-FORGETFUL = (
-    "{% for m in messages %}{{ m['role'] }}: "
-    "{% if m['role'] == 'assistant' and not loop.last %}(gone){% else %}{{ m['content'] }}{% endif %}<|im_end|>"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
-USER_ONLY = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
-)
-
-
-def make_tokenizer(template=None, eos="<eos>", bos=None) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
-    text = ["What is the capital of France? It is Paris.", "### Instruction: ### Response: user assistant"] * 4
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        text,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
-    names = {"pad_token": "<pad>", "eos_token": eos, "bos_token": bos}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{k: v for k, v in names.items() if v})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +42,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def supervised(example):
-    return [token for token, keep in zip(example.input_ids, example.loss_mask, strict=True) if keep]
-
-
-def tokens(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # --- instruction data: the same conversation from every format
@@ -189,7 +137,8 @@ def test_template_without_generation_prompt_and_with_spaces(write):
     tokenizer = make_tokenizer(INST)
     messages = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
     (example,), _ = load_examples(write({"messages": messages}), tokenizer, max_length=300)
-    assert tokenizer.decode(supervised(example)) == "1<eos>2<eos>"
+    assert tokenizer.decode(supervised(example)) == " 1 <eos> 2 <eos>"
+    assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
     assert example.input_ids.count(tokenizer.eos_token_id) == 2
 
 
@@ -198,11 +147,16 @@ def test_trailing_user_turn_is_no_target(write, chat):
     assert chat.decode(example.input_ids).endswith("Ho<|im_end|>")
 
 
-def test_template_that_rewrites_earlier_turns_is_an_error(write):
+def test_answers_that_the_template_rewrites_later_on_are_context(write):
     messages = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
-    path = write({"messages": messages[:2]}, {"messages": messages})
-    with pytest.raises(ValueError, match=r"data\.jsonl:2: the chat template renders the turns before message 3"):
-        load_examples(path, make_tokenizer(FORGETFUL), max_length=300)
+    tokenizer = make_tokenizer(FORGETFUL)
+    (example,), report = load_examples(write({"messages": messages}), tokenizer, max_length=300)
+    assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert tokenizer.decode(supervised(example)) == "2<|im_end|>"
+    assert "1 earlier answers are no targets" in str(report)
+    messages[3]["train"] = False
+    with pytest.raises(ValueError, match="the template writes no answer as it was given"):
+        load_examples(write({"messages": messages}), tokenizer, max_length=300)
 
 
 def test_conversation_that_the_template_refuses_is_an_error(write):
@@ -305,12 +259,12 @@ def test_records_that_teach_nothing_are_dropped_and_counted(write, chat):
         {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]},
         {"chosen": HH + " x\n\nHuman: y\n\nAssistant: z", "rejected": HH + " w"},
         {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
-        {"prompt": "p", "chosen": "a", "rejected": "a "},
+        {"prompt": "p", "chosen": "a", "rejected": "a<|im_end|>"},
     )
     items, report = load_preferences(path, chat, max_length=100)
     assert (report.kept, report.dropped) == (len(items), 4) == (1, 4)
     assert report.reasons["sides differ before their last turn"] == 2
-    assert "\n" not in str(report) and "1 kept, 4 dropped (all responses tie: 1" in str(report)
+    assert "\n" not in str(report) and f"1 kept, 4 dropped (all responses tie: 1, first {path}:2" in str(report)
 
 
 def test_transcript_turns_of_one_speaker_are_joined():
@@ -423,24 +377,24 @@ def test_broken_line_names_file_and_line(tmp_path, chat):
     ("record", "message"),
     [
         (
-            {"question": "a", "answer": "b"},
-            "no known instruction format: keys found: answer, question; expected messag",
+            {"left": "a", "right": "b"},
+            "no known instruction format: keys found: left, right; expected messag",
         ),
-        ({"prompt": "a", "completion": 3}, "'completion' must be a string or a non-empty list of messages, got int 3"),
+        ({"prompt": "a", "completion": 3}, "'completion' must be a string, got int 3"),
         ({"prompt": 5, "completion": "b"}, "'prompt' must be .*, got int 5"),
         ({"instruction": ["a"], "output": "b"}, r"'instruction' must be a string, got list \['a'\]"),
         ({"instruction": "a", "output": None}, "no known instruction format: keys found: instruction"),
         ({"instruction": "a", "instances": {"output": "b"}}, "'instances' must be a list of objects"),
-        ({"messages": []}, "'messages' must be .*non-empty"),
-        ({"messages": ["hi"]}, r"'messages\[0\]' must be an object with 'role' and 'content', got str 'hi'"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, r"'messages\[0\].role' must be one of system, user, assist"),
-        ({"messages": [{"role": "user", "content": 1}]}, r"'messages\[0\].content' must be a string, got int 1"),
+        ({"messages": []}, "'messages' is an empty list"),
+        ({"messages": ["hi"]}, r"'messages\[0\]' must be an object with 'role' and .*, got str 'hi'"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, r"'messages\[0\].role' must be one of system, "),
+        ({"messages": [{"role": "user", "content": 1}]}, r"'messages\[0\].content' must be a string or .*, got int 1"),
     ],
 )
 def test_bad_instruction_records_name_file_line_and_field(record, message, write, chat):
     path = write({"prompt": "a", "completion": "b"}, record)
     with pytest.raises(ValueError, match=rf"data\.jsonl:2: {message}"):
-        load_examples(path, chat, max_length=100)
+        load_examples(path, chat, max_length=100, max_bad_records=0)
 
 
 @pytest.mark.parametrize(
@@ -470,8 +424,8 @@ def test_bad_instruction_records_name_file_line_and_field(record, message, write
 )
 def test_bad_preference_records_name_file_line_and_field(record, message, write, chat):
     path = write({"prompt": "p", "chosen": "a", "rejected": "b"}, record)
-    with pytest.raises(ValueError, match=rf"data\.jsonl:2: .*{message}"):
-        load_preferences(path, chat, max_length=100)
+    with pytest.raises(ValueError, match=rf"data\.jsonl:2.*{message}"):
+        load_preferences(path, chat, max_length=100, max_bad_records=0)
 
 
 def test_bad_prompt_record(write, chat):
@@ -491,7 +445,7 @@ def test_tokenizer_without_eos(write):
 
 def test_unknown_template(write, plain):
     path = write({"prompt": "a", "completion": "b"})
-    with pytest.raises(ValueError, match="template must be one of auto, chat, alpaca, got 'alpca'"):
+    with pytest.raises(ValueError, match="template must be one of auto, chat, alpaca, none, got 'alpca'"):
         load_examples(path, plain, max_length=100, template="alpca")
     with pytest.raises(ValueError, match="the tokenizer has no chat template; use 'alpaca'"):
         load_examples(path, plain, max_length=100, template="chat")
@@ -597,7 +551,7 @@ def test_unreadable_files(name, content, message, tmp_path):
 
 def test_folder_that_is_no_dataset(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match="not written by Dataset.save_to_disk; name one data file"):
+    with pytest.raises(FileNotFoundError, match="no data file there; expected .jsonl, .*Dataset.save_to_disk"):
         list(read_records(tmp_path))
     with pytest.raises(ValueError, match="a file has no splits, got ':test'"):
         (tmp_path / "a.jsonl").write_text("{}\n")
@@ -667,13 +621,12 @@ def test_padding_can_be_undone(sequences, side):
     )
 )
 def test_any_record_is_read_or_refused_with_a_reason(record):
-    """Whatever the values are, a record is used, skipped or refused by a ValueError; nothing else escapes."""
-    from fastrl.formats import Unusable
+    """Whatever the values are, a record is used, skipped or refused by a BadRecord; nothing else escapes."""
 
     for read in (conversations, comparison, prompts):
         try:
             read(record)
         except Unusable as error:
             assert str(error)
-        except ValueError as error:
-            assert str(error)
+        except BadRecord as error:
+            assert str(error) and error.reason

@@ -34,6 +34,7 @@ from fastrl.output import check_output, claim_output
 from fastrl.reference.masked import masked_mean
 from fastrl.resume import Run, step_seed
 from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
+from fastrl.templates import check_same_template, record_template
 from fastrl.train.ppo_batch import (
     Experience,
     batch_values,
@@ -55,8 +56,13 @@ class PPOConfig:
 
     model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged", path=True)
     reward_model: str = option(MISSING, "reward model: folder or hub id; the critic starts from it", path=True)
-    data: str = option(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder", path=True)
+    data: list[str] | str = option(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     output: str = option("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs", path=True)
+    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
+    max_bad_records: float = option(
+        0.01, "share of unusable records that is left out; ten always are, at 0 none", at_least=0, at_most=1
+    )
+    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
     iterations: int = option(200, "rounds of sampling and updating", at_least=1)
     batch_size: int = option(64, "responses sampled per iteration; also the held-out prompts", at_least=1)
     minibatch_size: int = option(32, "responses per optimizer step", at_least=1)
@@ -107,7 +113,14 @@ def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Pro
         check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
     contexts = [context_length(model) or math.inf for model in (roles.policy, roles.critic)]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
-    prompts, report = load_prompts(cfg.data, tokenizer, max_prompt_length=room)
+    prompts, report = load_prompts(
+        cfg.data,
+        tokenizer,
+        max_prompt_length=room,
+        template=cfg.template,
+        columns=cfg.columns,
+        max_bad_records=cfg.max_bad_records,
+    )
     print(report)
     return split_holdout(prompts, min(0.1, cfg.batch_size / len(prompts)), cfg.seed)
 
@@ -248,6 +261,7 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
     check_output(cfg)
     transformers.set_seed(cfg.seed)  # before adapters are drawn
     tokenizer = load_tokenizer(cfg.model)
+    check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
     roles = load_roles(cfg, tokenizer)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)

@@ -43,6 +43,7 @@ from fastrl.output import check_output, claim_output
 from fastrl.probe import check_scalar
 from fastrl.resume import Run, step_seed
 from fastrl.scalars import pad_apart, set_pad_token
+from fastrl.templates import record_template
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class RewardConfig:
     """Settings of reward-model training."""
 
     model: str = option(MISSING, "causal LM or reward model to start from: folder or hub id", path=True)
-    data: str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder", path=True)
+    data: list[str] | str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     output: str = option("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl", path=True)
-    eval_data: str = option("", "held-out preferences; empty: split off `holdout` of data", path=True)
+    eval_data: list[str] | str = option("", "held-out preferences; empty: split off `holdout` of data")
     holdout: float = option(0.05, "share of data held out for evaluation", at_least=0, below=1)
     eval_limit: int = option(500, "held-out items evaluated at most; 0: all", at_least=0)
-    template: str = option("auto", "prompt template: auto (chat template if any), chat or alpaca")
+    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
+    max_bad_records: float = option(
+        0.01, "share of unusable records that is left out; ten always are, at 0 none", at_least=0, at_most=1
+    )
+    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
     max_length: int = option(1024, "longest prompt + response in tokens", at_least=2)
     epochs: int = option(1, "passes over the data; more than one overfits quickly", at_least=1)
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need", at_least=0)
@@ -167,6 +172,7 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
 
     # 2 model and tokenizer
     tokenizer = load_tokenizer(cfg.model)
+    record_template(tokenizer, cfg.template)
     model: Any = start_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
     pad_apart(tokenizer, cfg.template)
     set_pad_token(model, tokenizer)
@@ -177,7 +183,14 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
         check_lora(model, lora)
 
     # 3 data
-    load = partial(load_preferences, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
+    load = partial(
+        load_preferences,
+        tokenizer=tokenizer,
+        max_length=cfg.max_length,
+        template=cfg.template,
+        columns=cfg.columns,
+        max_bad_records=cfg.max_bad_records,
+    )
     train, report = load(cfg.data)
     print(report)
     if cfg.eval_data:

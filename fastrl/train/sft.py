@@ -40,6 +40,7 @@ from fastrl.output import check_output, claim_output
 from fastrl.probe import check_policy
 from fastrl.resume import Run, step_seed
 from fastrl.rollout import decode_responses, rollout
+from fastrl.templates import record_template
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ class SFTConfig:
     """Settings of supervised fine-tuning."""
 
     model: str = option(MISSING, "policy to start from: folder or hub id; an adapter folder is merged", path=True)
-    data: str = option(MISSING, "instructions: hub id, JSON/JSONL(.gz), CSV, Parquet or Arrow folder", path=True)
+    data: list[str] | str = option(MISSING, "instructions: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     output: str = option("runs/sft", "folder for the model, checkpoints/ and metrics.jsonl", path=True)
-    eval_data: str = option("", "held-out instructions; empty: split off `holdout` of data", path=True)
+    eval_data: list[str] | str = option("", "held-out instructions; empty: split off `holdout` of data")
     holdout: float = option(0.05, "share of data held out for evaluation", at_least=0, below=1)
     eval_limit: int = option(500, "held-out items evaluated at most; 0: all", at_least=0)
-    template: str = option("auto", "prompt template: auto (chat template if any), chat or alpaca")
+    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
+    max_bad_records: float = option(
+        0.01, "share of unusable records that is left out; ten always are, at 0 none", at_least=0, at_most=1
+    )
+    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
     max_length: int = option(1024, "longest prompt + response in tokens", at_least=2)
     epochs: int = option(1, "passes over the data", at_least=1)
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need", at_least=0)
@@ -141,6 +146,7 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
 
     # 2 model and tokenizer
     tokenizer = load_tokenizer(cfg.model)
+    record_template(tokenizer, cfg.template, teach=True)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
     check_policy(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
@@ -151,7 +157,14 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
         check_lora(model, lora)
 
     # 3 data
-    load = partial(load_examples, tokenizer=tokenizer, max_length=cfg.max_length, template=cfg.template)
+    load = partial(
+        load_examples,
+        tokenizer=tokenizer,
+        max_length=cfg.max_length,
+        template=cfg.template,
+        columns=cfg.columns,
+        max_bad_records=cfg.max_bad_records,
+    )
     train, report = load(cfg.data)
     print(report)
     if cfg.eval_data:
