@@ -35,6 +35,7 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 BUDGETS = 490, 300  # seconds of the two calls
+DRY_TIMES = 5  # that long may a step take on a CPU
 # As in pyproject.toml, without the plugin that GPU machines may not have.
 PYTEST = [PYTHON, "-m", "pytest", "-o", "addopts=--strict-markers --import-mode=importlib -ra", "-q", "--durations=10"]
 COMPILERS = ("test_bindings.py", "test_ptxas.py", "test_sources.py", "test_triton_aot.py")  # need no GPU
@@ -71,7 +72,7 @@ def steps(results: Path, work: Path, dry: bool) -> list[Step]:
     beside = ["gae", "--quick"] if dry else ["linear_logprobs", "linear_cross_entropy", "token_logprobs"]
     peers = [PYTHON, "-m", "fastrl.bench", "--device", device, "--csv", str(results / "peers.csv"), "--op", *beside]
     demo = [PYTHON, "-m", "fastrl.cli", "demo", "--quick", "--device", device, "--output", str(work / "demo")]
-    return [
+    todo = [
         Step("module", [PYTHON, "-m", "fastrl.benches.first_contact_module", *small], 90, every_call=True),
         Step("smoke", [*every_op, "--seconds", "50"], 60),
         Step("rows", rows, 170, goes_on=True),
@@ -81,6 +82,7 @@ def steps(results: Path, work: Path, dry: bool) -> list[Step]:
         Step("compiled", [*pytest(), "tests/gpu/test_device.py", "-k", "compiled_without"], 50),
         Step("demo", demo, 50),
     ]
+    return [step._replace(seconds=DRY_TIMES * step.seconds) for step in todo] if dry else todo
 
 
 def pytest() -> list[str]:
@@ -151,7 +153,7 @@ def is_done(step: Step, results: Path) -> bool:
 
 def run_step(step: Step, results: Path, seconds: float, at: float, common: dict[str, str]) -> Outcome:
     """Runs the command, shows the end of its output, and keeps its log and its line of the table."""
-    log = results / f"{step.name}-{time.strftime('%H%M%S')}.log"
+    log = results / f"{number_of_logs(results) + 1:02d}-{step.name}.log"
     path = f"{Path(PYTHON).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # cmake, ninja of that environment
     environment = {**os.environ, "PATH": path, "PYTHONPATH": python_path(), **common, **step.environment}
     start = time.monotonic()
@@ -210,6 +212,11 @@ def keep_logs(results: Path) -> None:
         for log in sorted(results.glob("*.log")):
             archive.write(log, log.name)
             log.unlink()
+
+
+def number_of_logs(results: Path) -> int:
+    archive = results / "logs.zip"
+    return len(zipfile.ZipFile(archive).namelist()) if archive.exists() else 0
 
 
 def shown(outcomes: list[Outcome]) -> str:

@@ -1,8 +1,12 @@
-"""Rows of measurements: the CSV that keeps them, the table on the screen, the plot."""
+"""Rows of measurements: the CSV that keeps them, the table on the screen, the plot.
+
+`python -m fastrl.benches.records TABLE.csv NEW.csv ...` takes the rows of other tables into one.
+"""
 
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 KEY = ("op", "shape", "dtype", "direction", "provider", "device", "threads")
@@ -108,3 +112,13 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_title(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}", fontsize=9)
     figure.savefig(path)
     plt.close(figure)
+
+
+def main(paths: list[str]) -> None:
+    table, *others = map(Path, paths)
+    for other in others:
+        write(table, merge(read(table), read(other)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -306,6 +306,15 @@ def test_rows_are_replaced_by_key(tmp_path):
     assert [row["ms_p50"] for row in merged if row["provider"] == "fastrl cpu" and row["threads"] == "2"] == ["7"]
 
 
+def test_a_table_takes_in_the_rows_of_others(tmp_path):
+    rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    records.write(one, rows)
+    records.write(two, [dict(rows[1], ms_p50="7")])
+    records.main([str(tmp_path / "all.csv"), str(one), str(two)])
+    assert [row["ms_p50"] for row in records.read(tmp_path / "all.csv")] == [rows[0]["ms_p50"], "7"]
+
+
 def test_readme_tables_come_from_the_csv(tmp_path):
     rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
     records.write(tmp_path / "cpu.csv", rows)

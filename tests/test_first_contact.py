@@ -108,7 +108,7 @@ def kit(*arguments: str | Path) -> list[str]:
 def test_killed_midway_it_goes_on_from_there(tmp_path, sign):
     first, second = tmp_path / "first", tmp_path / "second"
     process = subprocess.Popen(kit("--dry", "--results", first), stdout=subprocess.DEVNULL)
-    while not (waiting := [log for log in first.glob("two*.log") if "waits" in log.read_text()]):
+    while not (waiting := [log for log in first.glob("*-two.log") if "waits" in log.read_text()]):
         time.sleep(0.1)
     step = int(waiting[0].read_text().split()[1])
     process.send_signal(sign)
@@ -175,10 +175,10 @@ def test_steps_and_their_peers_see_the_packages_of_the_caller(tmp_path, monkeypa
     assert first_contact.python_path() == str(first_contact.ROOT)
 
 
-@pytest.mark.parametrize("dry", [False, True])
-def test_all_steps_fit_two_calls(tmp_path, dry):
-    steps = first_contact.steps(tmp_path, tmp_path, dry)
+def test_all_steps_fit_two_calls(tmp_path):
+    steps = first_contact.steps(tmp_path, tmp_path, dry=False)
     names = [step.name for step in steps]
+    assert names == [step.name for step in first_contact.steps(tmp_path, tmp_path, dry=True)]
     assert names == ["module", "smoke", "rows", "tests", "memcheck", "racecheck", "peers", "compiled", "demo"]
     first, second = first_contact.BUDGETS
     assert first + second <= 14 * MINUTE and max(first, second) <= 9 * MINUTE
@@ -188,6 +188,13 @@ def test_all_steps_fit_two_calls(tmp_path, dry):
     for step in steps:  # what ends by itself does so before it is ended
         if "--seconds" in step.command:
             assert float(step.command[step.command.index("--seconds") + 1]) <= step.seconds - 10
+
+
+def test_the_guide_names_the_steps_and_the_calls(tmp_path):
+    guide = (first_contact.ROOT / "benches/first_contact.md").read_text()
+    for step in first_contact.steps(tmp_path, tmp_path, dry=False):
+        assert f"`{step.name}`" in guide and f"| {step.seconds} s" in guide, step.name
+    assert all(f"--budget {budget} " in guide for budget in first_contact.BUDGETS)
 
 
 def test_the_sanitizers_watch_every_triton_kernel(tmp_path):

@@ -17,45 +17,30 @@ LOGITS, WEIGHT_GRADIENT, DIRECTION = list(first_contact_cases.products(first_con
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from fastrl.benches import first_contact_rows as r, harness
-torch = r.torch
+from fastrl.benches import records
 
-def provider(does):
-    def run(i):
-        if len(i["x"]) > 1:  # not in the check
-            does()
-        return i["x"] + 1
-    return run
-
-quick = dict(op="add", dtype=torch.float32, make=lambda rows: {"x": torch.randn(rows)}, rows=8, gate_rows=1)
-case = harness.Case(
-    **quick, shape="8", truth=lambda i: i["x"] + 1, bound="copy",
-    providers={
-        "plain": provider(lambda: None),
-        "dies": provider(lambda: os._exit(11)),
-        "hangs": provider(lambda: time.sleep(60)),
-        "last": provider(lambda: None),
-    },
-)
-r.cases = lambda device, sizes: [case]
-r.machine.ceilings = lambda *_, **__: {"copy": 1.0}
-r.measure_all(Path(sys.argv[1]), "cpu", True)
+path = Path(sys.argv[1])
+does = {"plain": int, "dies": lambda: os._exit(11), "hangs": lambda: time.sleep(60), "last": int}
+rows = records.read(path)
+for provider in list(does)[len(rows):]:
+    row = dict.fromkeys(records.KEY, "") | {"provider": provider, "status": "begun"}
+    records.write(path, [*rows, row])
+    does[provider]()
+    rows.append(row | {"status": "ok"})
+    records.write(path, rows)
 """
 
 
-@pytest.mark.slow
 def test_a_row_that_dies_or_hangs_costs_itself_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_contact_rows, "ROW_SECONDS", 5)
+    monkeypatch.setattr(first_contact_rows, "ROW_SECONDS", 1)
     path = tmp_path / "rows.csv"
     assert first_contact_rows.supervise(path, [sys.executable, "-c", WORKER, str(path)]) == 0
-    rows = {row["provider"]: row for row in records.read(path)}
-    assert {name: row["status"] for name, row in rows.items()} == {
+    assert {row["provider"]: row["status"] for row in records.read(path)} == {
         "plain": "ok",
         "dies": "failed: exit status 11",
-        "hangs": "failed: hung for 5 s",
+        "hangs": "failed: hung for 1 s",
         "last": "ok",
     }
-    assert float(rows["last"]["speedup"]) > 0 and rows["last"]["baseline"] == "plain"
 
 
 def test_a_worker_that_never_comes_to_a_row_is_not_started_again(tmp_path):
