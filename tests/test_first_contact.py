@@ -71,20 +71,17 @@ def test_each_line_is_on_disk_before_the_next_step_begins(tmp_path):
 
 
 def test_a_second_call_does_what_the_first_did_not_come_to(tmp_path):
-    sleeps = "import time; time.sleep(20)"
-    always, done = python("", "always", 1, every_call=True), python("raise SystemExit(1)", "done", 1)
-    slow, goes_on = python(sleeps, "slow", 1), python(sleeps, "goes on", 1, goes_on=True)
-    cut, late = python(sleeps, "cut", 2.5), python("", "late", 60)
-    names = ["always", "done", "slow", "goes on", "cut", "late"]
-    outcomes = run([always, done, slow, goes_on, cut, late], tmp_path, budget=5)
-    assert [o.step for o in outcomes] == names[:-1]
+    sleeps = "import time; time.sleep(60)"
+    ended = [python("", "always", every_call=True), python("raise SystemExit(1)", "done")]
+    ended += [python(sleeps, "slow", 1), python(sleeps, "goes on", 1, goes_on=True)]
+    outcomes = run(ended, tmp_path) + run([python(sleeps, "cut", 2)], tmp_path, budget=1.5)
     assert [o.status for o in outcomes] == ["ok", "failed (1)", "too slow", "too slow", "cut off"]
-    quick = [python("", step.name, every_call=step.every_call, goes_on=step.goes_on) for step in (always, done, slow)]
-    quick += [python("", "goes on", goes_on=True), python("", "cut"), python("", "late")]
-    assert [(o.step, o.status) for o in run(quick, tmp_path)] == [
-        (name, "ok") for name in ("always", "goes on", "cut", "late")
-    ]
-    assert [o.step for o in run(quick, tmp_path)] == ["always"]
+    assert run([python("", "late", 60)], tmp_path, budget=1) == []
+    quick = [step._replace(command=[sys.executable, "-c", ""], seconds=20) for step in ended]
+    quick += [python("", "cut"), python("", "late")]
+    again = [(outcome.step, outcome.status) for outcome in run(quick, tmp_path)]
+    assert again == [("always", "ok"), ("goes on", "ok"), ("cut", "ok"), ("late", "ok")]
+    assert [outcome.step for outcome in run(quick, tmp_path)] == ["always"]
 
 
 KILLED = """
@@ -129,6 +126,7 @@ def test_killed_midway_it_goes_on_from_there(tmp_path, sign):
 def test_what_is_left_is_named(tmp_path, monkeypatch, capsys):
     todo = [python("print('this')", "one"), python("", "two", seconds=10_000)]
     monkeypatch.setattr(first_contact, "steps", lambda *_: todo)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of the process, not of this test
     assert first_contact.main(["--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "== two: not begun" in said and said.endswith("left for another call: two\n")
