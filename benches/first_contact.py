@@ -41,7 +41,7 @@ PYTEST = [PYTHON, "-m", "pytest", "-o", "addopts=--strict-markers --import-mode=
 COMPILERS = ("test_bindings.py", "test_ptxas.py", "test_sources.py", "test_triton_aot.py")  # need no GPU
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
-    "OMP_NUM_THREADS": "4",
+    "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)),
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compilers in each of many processes
 }
 
@@ -74,7 +74,7 @@ def steps(results: Path, work: Path, dry: bool) -> list[Step]:
     demo = [PYTHON, "-m", "fastrl.cli", "demo", "--quick", "--device", device, "--output", str(work / "demo")]
     todo = [
         Step("module", [PYTHON, "-m", "fastrl.benches.first_contact_module", *small], 90, every_call=True),
-        Step("smoke", [*every_op, "--seconds", "50"], 60),
+        Step("smoke", [*every_op, "--seconds", "45"], 60),
         Step("rows", rows, 170, goes_on=True),
         Step("tests", [*pytest(), *gpu_tests(dry)], 160),
         *(sanitizer(tool, every_op, dry) for tool in ("memcheck", "racecheck")),
@@ -108,7 +108,7 @@ def sanitizer(tool: str, program: list[str], dry: bool) -> Step:
     filters = [word for name in ("fastrl", *triton_kernels()) for word in ("--kernel-name", f"kns={name}")]
     watch = [] if dry else [cuda_tool("compute-sanitizer"), "--tool", tool, *options, *filters]
     one_allocation_per_tensor = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Step(tool, [*watch, *program, "--seconds", "40"], 60, one_allocation_per_tensor)
+    return Step(tool, [*watch, *program, "--seconds", "35"], 60, one_allocation_per_tensor)
 
 
 def cuda_tool(name: str) -> str:
