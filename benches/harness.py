@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastrl.benches import memory
-from fastrl.benches.machine import cache_bytes, seconds_of, short
+from fastrl.benches.machine import cache_bytes, host_seconds, seconds_of, short
 from fastrl.ops import backend
 
 Inputs = dict[str, Any]
@@ -56,10 +56,12 @@ class Case:
     flops: int = 0  # for gemm
     gate_rows: int = 16  # rows of the check against float64
     floors: dict[str, Provider] = field(default_factory=dict)  # part of the work only: timed, not checked
+    tolerance: float | None = None  # TOLERANCE of the dtype
+    captured: bool = False  # timed as replays of a CUDA graph: the device alone, whatever the host takes to launch
 
     @property
     def direction(self) -> str:
-        return "fwd+bwd" if self.wrt else "fwd"
+        return ("fwd+bwd" if self.wrt else "fwd") + (" captured" if self.captured else "")
 
     @property
     def ceiling(self) -> str:
@@ -132,17 +134,11 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
     passed = {name: case.providers[name] for name, (problem, *_) in errors.items() if not problem}
     runs = runs_of(case, {**passed, **case.floors}, device)
     times, failures = time_in_turn(runs, device, budget)
-    baseline = next(iter(case.providers))
     rows = []
     for name in [*case.providers, *case.floors]:
         problem, error, grad_error = errors.get(name, ("", math.nan, math.nan))
         problem = problem or failures.get(name, "")
-        row = {
-            "op": case.op,
-            "shape": case.shape,
-            "dtype": short(case.dtype),
-            "direction": case.direction,
-            "provider": name,
+        row = identity(case, name) | {
             "status": problem or ("floor" if name in case.floors else "ok"),
             "error": number(error),
             "grad_error": number(grad_error),
@@ -150,31 +146,58 @@ def measure(case: Case, device: str, rates: dict[str, float], budget: Budget) ->
         if name in times:
             p20, p50, p80 = percentiles(times[name])
             row |= {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))}
-            if baseline in times:
-                row |= {"baseline": baseline, "speedup": number(percentiles(times[baseline])[1] / p50)}
-            if device != "cpu":  # CPUs: memory.of_cases
+            if device != "cpu" and not case.captured:  # memory on CPUs: memory.of_cases
                 row["peak_extra_mib"] = number(memory.peak_extra_mib(runs[name], device))
+                row["host_us"] = number(1e6 * host_seconds(runs[name], device))
             work, unit = (case.flops, "GFLOP/s") if case.bound == "gemm" else (case.bytes, "GB/s")
             if name not in case.floors and work:
                 rate = work / p50 / 1e9
                 ceiling = rates[case.ceiling]
                 row |= {"rate": number(rate), "unit": unit, "ceiling": number(ceiling)}
                 row |= {"percent": number(100 * rate / ceiling)}
+                if case.bound != "gemm" and "datasheet" in rates:
+                    row |= {"percent_of_datasheet": number(100 * rate / rates["datasheet"])}
         rows.append(row)
-    return rows
+    return [compared(row, rows[0]) for row in rows]
 
 
-def runs_of(case: Case, providers: dict[str, Provider], device: str, copies: int | None = None) -> dict[str, Run]:
+def identity(case: Case, provider: str) -> dict[str, str]:
+    """The columns that tell a row of `case` from any other on the same machine."""
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": short(case.dtype),
+        "direction": case.direction,
+        "provider": provider,
+    }
+
+
+def compared(row: dict[str, str], baseline: dict[str, str]) -> dict[str, str]:
+    """`row` with its speed-up over the row of the baseline, where both have a time."""
+    if not (row.get("ms_p50") and baseline.get("ms_p50")):
+        return row
+    speedup = float(baseline["ms_p50"]) / float(row["ms_p50"])
+    return row | {"baseline": baseline["provider"], "speedup": number(speedup)}
+
+
+def runs_of(
+    case: Case, providers: dict[str, Provider], device: str, copies: int | None = None
+) -> dict[str, Run | Replay]:
     """Every provider bound to one rotation of inputs, those that overwrite them to one of their own."""
     shared = rotation(case, device, copies)
-    return {
-        name: Run(provider, case.wrt, rotation(case, device, copies) if isinstance(provider, Overwriting) else shared)
-        for name, provider in providers.items()
-    }
+
+    def bound(provider: Provider) -> Run | Replay:
+        inputs = rotation(case, device, copies) if isinstance(provider, Overwriting) else shared
+        run = Run(provider, case.wrt, inputs)
+        return Replay(run, device) if case.captured else run
+
+    return {name: bound(provider) for name, provider in providers.items()}
 
 
 class Run:
     """A provider bound to its inputs: calling it does the whole forward (and backward) once."""
+
+    calls = 1
 
     def __init__(self, provider: Provider, wrt: tuple[str, ...], inputs: Iterator[Inputs]) -> None:
         self.provider, self.wrt, self.inputs = provider, wrt, inputs
@@ -193,13 +216,46 @@ class Run:
         torch.autograd.grad(outputs, leaves, self.upstream, allow_unused=True)  # a floor may not use all
 
 
+class Replay:
+    """So many calls of a run, each with the next inputs, as one CUDA graph; on a CPU one after the other."""
+
+    calls = 16
+
+    def __init__(self, run: Run, device: str) -> None:
+        self.run, self.on_cpu = run, device == "cpu"
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.on_cpu:
+            self.issue()
+            return
+        if self.graph is None:
+            self.graph = self.capture()
+        self.graph.replay()
+
+    def issue(self) -> None:
+        for _ in range(self.calls):
+            self.run()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run()  # compiles, makes the upstream, has the library set up its workspace
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            self.issue()
+        return graph
+
+
 def rotation(case: Case, device: str, copies: int | None = None) -> Iterator[Inputs]:
     """Endless inputs, the same values each time. All providers of a case that only read them draw from one rotation.
 
-    Memory-bound cases get so many copies that a set has left the last-level cache when it comes round again.
+    Memory-bound cases, on a GPU all, get so many copies that a set has left the last-level cache when it comes round
+    again.
     """
     first = inputs_of(case, case.rows, device)
-    if copies is None and case.bound != "gemm":
+    if copies is None and (case.bound != "gemm" or device != "cpu"):
         size = sum(t.numel() * t.element_size() for t in first.values() if isinstance(t, torch.Tensor))
         copies = min(math.ceil(2 * cache_bytes(device) / max(size, 1)), 64)
     return itertools.cycle([first] + [copy_of(first) for _ in range((copies or 1) - 1)])
@@ -245,7 +301,8 @@ def check(case: Case, provider: Provider, device: str) -> tuple[str, float, floa
     error = max(relative_error(g, w) for g, w in zip(got, want, strict=True))
     grad_error = max((relative_error(g, w) for g, w in zip(got_grads, want_grads, strict=True)), default=math.nan)
     worst = error if math.isnan(grad_error) and not got_grads else max(error, grad_error)
-    problem = "" if worst <= TOLERANCE[case.dtype] else f"wrong: error {worst:.1e} > {TOLERANCE[case.dtype]:.0e}"
+    tolerance = case.tolerance or TOLERANCE[case.dtype]
+    problem = "" if worst <= tolerance else f"wrong: error {worst:.1e} > {tolerance:.0e}"
     return problem, error, grad_error
 
 
@@ -279,7 +336,9 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return math.inf if difference.isnan() else float(difference)
 
 
-def time_in_turn(runs: dict[str, Run], device: str, budget: Budget) -> tuple[dict[str, list[float]], dict[str, str]]:
+def time_in_turn(
+    runs: dict[str, Run | Replay], device: str, budget: Budget
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds per call of each run, and what is wrong with those that fail at full size (out of memory, say).
 
     Providers take turns, so that a slow spell of the machine hits all of them.
@@ -294,16 +353,16 @@ def time_in_turn(runs: dict[str, Run], device: str, budget: Budget) -> tuple[dic
     times: dict[str, list[float]] = {name: [] for name in runs}
     share = budget.seconds / max(len(runs), 1)
     for done in range(budget.max_rounds):
-        spent = {name: sum(times[name]) * repeats[name] for name in runs}
+        spent = {name: sum(times[name]) * repeats[name] * run.calls for name, run in runs.items()}
         due = [name for name in runs if done < budget.min_rounds or spent[name] < share]
         if not due:
             break
         for name in due:
-            times[name].append(seconds_of(runs[name], repeats[name], device))
+            times[name].append(seconds_of(runs[name], repeats[name], device) / runs[name].calls)
     return times, failures
 
 
-def warm_up(run: Run, device: str, seconds: float) -> int:
+def warm_up(run: Run | Replay, device: str, seconds: float) -> int:
     """Calls `run` for a while; returns how many calls make one timing of about half a millisecond."""
     run()
     once, end = math.inf, time.perf_counter() + seconds

@@ -85,15 +85,16 @@ def _git(*arguments: str) -> str | None:
     return None if done.returncode else done.stdout.strip()
 
 
-def ceilings(device: str, dtypes: set[torch.dtype], seconds: float) -> dict[str, float]:
+def ceilings(device: str, dtypes: set[torch.dtype], seconds: float, size: int | None = None) -> dict[str, float]:
     """Best measured rates: `read` and `copy` in GB/s, `gemm <dtype>` in GFLOP/s.
 
     read: a sum over an array of twice the last-level cache or more; copy: bytes read plus bytes written by `copy_`;
-    gemm: a square product of 2048 (GPU: 8192) of random numbers.
+    gemm: a square product of `size`, by default 2048 (GPU: 8192), of random numbers. On a GPU also `datasheet`, the
+    bandwidth that its memory's clock and width come to.
     """
     gpu = device != "cpu"
     words = max(2 * cache_bytes(device), (1 << 30) if gpu else (256 << 20)) // 8
-    size = 8192 if gpu else 2048
+    size = size or (8192 if gpu else 2048)
     source = torch.ones(words, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     rates = {
@@ -105,7 +106,14 @@ def ceilings(device: str, dtypes: set[torch.dtype], seconds: float) -> dict[str,
         b = torch.randn(size, size, device=device).to(dtype)
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
         rates[f"gemm {short(dtype)}"] = 2 * size**3 / best_seconds(product, seconds, device) / 1e9
-    return rates
+    return rates | datasheet(device)
+
+
+def datasheet(device: str) -> dict[str, float]:
+    """`datasheet`: GB/s of the GPU's memory, two transfers a clock; nothing where torch does not say."""
+    properties = torch.cuda.get_device_properties(device) if device != "cpu" else None
+    clock, width = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
+    return {"datasheet": 2 * clock * 1e3 * width / 8 / 1e9} if clock and width else {}  # kHz, bits
 
 
 def best_seconds(call: Callable[[], object], seconds: float, device: str) -> float:
@@ -133,6 +141,18 @@ def seconds_of(call: Callable[[], object], repeats: int, device: str) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def host_seconds(call: Callable[[], object], device: str) -> float:
+    """Median seconds until a call on an idle GPU returns to the host."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return sorted(times)[len(times) // 2]
 
 
 def short(dtype: torch.dtype) -> str:

@@ -1,20 +1,24 @@
-"""Rows of measurements: the CSV that keeps them, the table on the screen, the plot."""
+"""Rows of measurements: the CSV that keeps them, the table on the screen, the plot.
+
+`python -m fastrl.benches.records TABLE.csv NEW.csv ...` takes the rows of other tables into one.
+"""
 
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 KEY = ("op", "shape", "dtype", "direction", "provider", "device", "threads")
 COLUMNS = (
     *KEY, "status", "ms_p20", "ms_p50", "ms_p80", "baseline", "speedup", "rate", "unit", "ceiling", "percent",
-    "peak_extra_mib", "peak_mib", "error", "grad_error", "isa", "fastrl", "torch", "triton", "python", "commit",
-    "dirty", "date", "cuda", "peers",
+    "percent_of_datasheet", "host_us", "peak_extra_mib", "peak_mib", "error", "grad_error", "isa", "fastrl", "torch",
+    "triton", "python", "commit", "dirty", "date", "cuda", "peers",
 )  # fmt: skip
 SHOWN = {
     "provider": "provider", "ms_p50": "ms", "ms_p20": "p20", "ms_p80": "p80", "speedup": "speed-up", "rate": "rate",
-    "unit": "", "percent": "% of ceiling", "peak_extra_mib": "extra MiB", "error": "error", "grad_error": "grad error",
-    "status": "status",
+    "unit": "", "percent": "% of ceiling", "percent_of_datasheet": "% of datasheet", "host_us": "host us",
+    "peak_extra_mib": "extra MiB", "error": "error", "grad_error": "grad error", "status": "status",
 }  # fmt: skip
 
 Row = dict[str, str]
@@ -43,11 +47,14 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
+    """Replaces the file in one step: whenever the process may be killed, all the rows are there or all of before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
 
 
 def by_case(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
@@ -65,7 +72,7 @@ def table(rows: list[Row]) -> str:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
-                cell.ljust(width) if n in (0, 6, 11) else cell.rjust(width)
+                cell.ljust(width) if n in (0, 6, 13) else cell.rjust(width)
                 for n, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -105,3 +112,13 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_title(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}", fontsize=9)
     figure.savefig(path)
     plt.close(figure)
+
+
+def main(paths: list[str]) -> None:
+    table, *others = map(Path, paths)
+    for other in others:
+        write(table, merge(read(table), read(other)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
     threads = f"{torch.get_num_threads()} threads, " if args.device == "cpu" else ""
     say(f"{machine.device_name(args.device)}, {threads}torch {torch.__version__}")
     rates = machine.ceilings(args.device, {case.dtype for case in cases}, seconds=0.1 if args.quick else 0.5)
-    say("measured ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " (GB/s, GFLOP/s)")
+    say("ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " (GB/s, GFLOP/s)")
     environment = machine.environment(args.device)
     peaks = {} if args.isa or args.device != "cpu" else memory.of_cases(args.op, args.device, args.quick)
     for number, case in enumerate(cases, 1):

@@ -6,7 +6,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +118,119 @@ def test_quick_cases_agree_with_float64(op):
             assert not problem, f"{case.label} {name}: {problem}"
 
 
+def test_cublas_without_a_context_is_no_error():
+    """Its warning comes from torch, whichever module asked for the product; those of fastrl's own stay errors."""
+    text = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
+    warnings.warn_explicit(text, UserWarning, "lora_linear.py", 1, module="fastrl.ops.lora_linear")
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn_explicit("another", UserWarning, "lora_linear.py", 1, module="fastrl.ops.lora_linear")
+
+
+def test_cases_of_the_gpu(monkeypatch):
+    """The shapes that have targets on an H100 are measured, with every backend that dispatch knows."""
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    cases = harness.cases(bench.OPS, "cuda", quick=False)
+    assert all("fastrl triton" in case.providers for case in cases if "triton" in backend.NATIVE_BACKENDS[case.op])
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    for row in (
+        "token_logprobs 4096x128256 bf16 fwd",
+        "token_logprobs 4096x128256 bf16 fwd+bwd",
+        "token_logprobs 4096x128256 entropy bf16 fwd",
+        "token_logprobs 4096x128256 entropy bf16 fwd+bwd",
+        "linear_logprobs 8192x4096x128256 bf16 fwd",
+        "linear_logprobs 8192x4096x128256 bf16 fwd+bwd",
+        "linear_cross_entropy 8192x4096x128256 trained head bf16 fwd+bwd",
+        "lora_linear 8192x4096->4096 r=16 bf16 fwd",
+        "lora_linear 8192x4096->4096 r=16 bf16 fwd+bwd",
+        "ppo_advantages 512x2048 fp32 fwd",
+        "ppo_advantages 8192x4096 fp32 fwd",
+        "ppo_loss 512x2048 fp32 fwd+bwd",
+        "ppo_loss 8192x2048 fp32 fwd+bwd",
+        "ranking_loss 4096 in pairs fp32 fwd+bwd",
+        "ranking_loss 2816 in groups of 2 to 9 fp32 fwd+bwd",
+    ):
+        assert row in labels, row
+
+
+PEERS = {
+    "trl.trainer.utils": ["selective_log_softmax", "selective_log_softmax_and_entropy"],
+    "trl.kernels": ["ChunkedLogProbFunction"],
+    "liger_kernel.ops.cross_entropy": ["LigerCrossEntropyFunction"],
+    "liger_kernel.ops.fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyFunction"],
+    "liger_kernel.ops.cutedsl.ops": ["LigerCrossEntropyFunction", "LigerFusedScaledCrossEntropySM90Function"],
+    "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90": ["liger_fused_linear_cross_entropy_sm90"],
+    "cut_cross_entropy": ["linear_cross_entropy"],
+}
+
+
+@pytest.mark.parametrize("absent", ["", "trl", "liger_kernel", "liger_kernel.ops.cutedsl"])
+def test_peers_of_the_gpu(monkeypatch, absent):
+    """Each library's kernels are rows of their own: Liger's Triton ones need nothing of its CuTe ones."""
+    monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
+    for module, names in PEERS.items():
+        there = not absent or not f"{module}.".startswith(f"{absent}.")
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**dict.fromkeys(names)) if there else None)
+    expected = {
+        "token_logprobs 4096x128256 bf16 fwd": ["trl selective_log_softmax", "liger triton", "liger cute"],
+        "token_logprobs 4096x128256 entropy bf16 fwd+bwd": ["trl selective_log_softmax_and_entropy"],
+        "linear_logprobs 8192x4096x128256 bf16 fwd+bwd": ["trl chunked head", "liger triton", "liger cute"],
+        "linear_cross_entropy 8192x4096x128256 frozen head bf16 fwd+bwd": ["trl chunked head", "liger cute"],
+        "linear_cross_entropy 8192x4096x128256 trained head bf16 fwd+bwd": ["trl chunked head", "liger triton"],
+    }
+    gone = {"": (), "trl": ("trl",), "liger_kernel": ("liger",), "liger_kernel.ops.cutedsl": ("liger cute",)}[absent]
+    heads = ("token_logprobs", "linear_logprobs", "linear_cross_entropy")
+    providers = {case.label: list(case.providers) for case in harness.cases(heads, "cuda", quick=False)}
+    for label, peers in expected.items():
+        for peer in peers:
+            assert (peer in providers[label]) == (not peer.startswith(gone)), (label, peer)
+    assert all("torch.compile" in names for names in providers.values()) or not harness.compiled(len)
+
+
+def test_events_time_a_gpu(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert machine.seconds_of(lambda: calls.append(1), 3, "cuda") == pytest.approx(2e-3)
+    assert len(calls) == 3
+
+
+def test_a_provider_that_fails_at_full_size_is_a_row(monkeypatch):
+    def large(i):
+        if len(i["x"]) > 4:
+            raise RuntimeError("CUDA out of memory")
+        return i["x"] + 1
+
+    case = harness.Case(
+        op="add",
+        shape="8",
+        dtype=torch.float32,
+        make=lambda rows: {"x": torch.randn(rows)},
+        rows=8,
+        gate_rows=4,
+        truth=lambda i: i["x"] + 1,
+        providers={"torch eager": lambda i: i["x"] + 1, "peer": large},
+        bound="copy",
+        bytes=64,
+    )
+    rows = measure(case)
+    assert rows["peer"]["status"] == "failed: RuntimeError: CUDA out of memory" and "ms_p50" not in rows["peer"]
+    assert rows["torch eager"]["status"] == "ok" and float(rows["torch eager"]["ms_p50"]) > 0
+
+
 def test_an_absent_peer_is_left_out():
     def peer(function, i):
         return function(i)
@@ -189,6 +304,15 @@ def test_rows_are_replaced_by_key(tmp_path):
     merged = records.merge(records.read(path), again)
     assert len(merged) == 3
     assert [row["ms_p50"] for row in merged if row["provider"] == "fastrl cpu" and row["threads"] == "2"] == ["7"]
+
+
+def test_a_table_takes_in_the_rows_of_others(tmp_path):
+    rows = [row | {"device": "d", "threads": "2"} for row in measure(square_case()).values()]
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    records.write(one, rows)
+    records.write(two, [dict(rows[1], ms_p50="7")])
+    records.main([str(tmp_path / "all.csv"), str(one), str(two)])
+    assert [row["ms_p50"] for row in records.read(tmp_path / "all.csv")] == [rows[0]["ms_p50"], "7"]
 
 
 def test_readme_tables_come_from_the_csv(tmp_path):
