@@ -275,7 +275,8 @@ def last_token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask
     model which was trained with pad == eos gives its own scores; ours have a pad token that ends no response.
     """
     hidden = final_hidden(scalar_model, input_ids, attention_mask)  # (B, T, H)
-    kept, pad = attention_mask.bool(), base_model(scalar_model).config.get_text_config().pad_token_id
+    config = base_model(scalar_model).config.get_text_config()
+    kept, pad = attention_mask.bool(), getattr(config, "pad_token_id", None)
     if pad is not None:
         kept = kept & (input_ids != pad)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)

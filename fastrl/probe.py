@@ -143,7 +143,7 @@ class Comparison:
 
 def probe_tokens(model: Any, tokenizer: Any) -> Tensor:
     """(2, T) ordinary token ids, spread over the vocabulary; the rows differ in the last one."""
-    pad = base_model(model).config.get_text_config().pad_token_id
+    pad = getattr(base_model(model).config.get_text_config(), "pad_token_id", None)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, tokenizer.pad_token_id, pad}
     usable = sorted(set(tokenizer.get_vocab().values()) - special) or [0]
     chosen = [usable[i * (len(usable) - 1) // LENGTH] for i in range(LENGTH + 1)]
