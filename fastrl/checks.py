@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
+from math import inf
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +28,8 @@ def is_plain(tensor: object) -> bool:
 
     Fake tensors count: theirs go to the registered ops. Sharded, nested, quantised or otherwise wrapped ones do not.
     """
+    if torch.compiler.is_dynamo_compiling():  # which knows its tensors
+        return True
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not _is_harmless_subclass(tensor):
         return False
     return tensor.layout is torch.strided and not (tensor.is_neg() or tensor.is_nested)  # type: ignore[attr-defined]
@@ -94,7 +96,7 @@ def check_mask(
 def is_number(value: object) -> bool:
     """A finite number as an option takes it: no bool, and no tensor, whose gradient would be lost."""
     number = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    return number and -inf < value < inf  # type: ignore[operator]
 
 
 def check_number(op: str, argument: str, value: float) -> None:
