@@ -115,7 +115,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, backend):
         logprobs, entropy, row_stats = _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend)
         # Copies, as the caller may change the outputs in place.
-        ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs.clone(), entropy.clone())
+        kept_entropy = entropy.clone() if return_entropy else entropy
+        ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs.clone(), kept_entropy)
         ctx.options = (temperature, softcap, return_entropy, backend)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
