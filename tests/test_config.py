@@ -235,6 +235,6 @@ def test_every_number_of_the_loops_has_bounds(settings):
                 checked(replace(settings(**needed), **{item.name: -1}))
         elif item.type == "float | None" and item.name not in free:
             assert item.metadata["bounds"], item.name
-    for name in ("model", "data", "output", "reward_model", "eval_data"):
+    for name in ("model", "output", "reward_model"):  # sources of data are expanded where they are read
         found = [item.metadata["path"] for item in fields(settings) if item.name == name]
         assert all(found)

@@ -92,7 +92,7 @@ class PPOConfig:
     gae_lambda: float = option(0.95, "of generalized advantage estimation", at_least=0, at_most=1)
     clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this", above=0)
     target_kl: float | None = option(
-        None, "ends the updates of an iteration once ppo_kl and approx_kl are above it", above=0
+        None, "ends the updates of an iteration once approx_kl and the size of ppo_kl are above it", above=0
     )
     lora_rank: int = option(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning", at_least=0)
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
@@ -204,8 +204,7 @@ def update(
         )
         norms.append((policy_norm, critic_norm))
         history.append(pool(parts))
-        # Both: approx_kl alone lets one token with a ratio of e^20 end the updates, kl alone lets their signs cancel.
-        if cfg.target_kl is not None and float(min(history[-1].approx_kl, history[-1].kl)) > cfg.target_kl:
+        if cfg.target_kl is not None and exceeds(history[-1], cfg.target_kl):
             break
     means = {name: float(value) for name, value in pool(history)._asdict().items()}
     means["ppo_kl"] = means.pop("kl")  # verl's name; kl_k1 and its like are of the reference
@@ -218,6 +217,14 @@ def update(
         "critic_grad_norm": sum(norm for _, norm in norms) / len(norms),
         "updates": len(history),
     }
+
+
+def exceeds(stats: PPOStats, target_kl: float) -> bool:
+    """Whether both estimates of the KL are above the target, the k1 estimate in size.
+
+    One token with a ratio of e^20 lifts approx_kl alone; of the k1 estimate, a mean of -log r, it is a small part.
+    """
+    return float(stats.approx_kl) > target_kl and abs(float(stats.kl)) > target_kl
 
 
 def evaluate(
