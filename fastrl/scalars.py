@@ -57,7 +57,10 @@ def check_score_head(model: Any, path: str) -> None:
     """Raise ValueError unless the model has a linear head `score` with one output."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{path}: expected a {type(model).__name__} with a linear head `score`, got none")
+        raise ValueError(
+            f"{path}: expected a {type(model).__name__} with a linear head `score`, got none; choose a causal"
+            " (decoder-only) model"
+        )
     if head.out_features != 1:
         raise ValueError(f"{path}: config.json: num_labels: {_one_output(head.out_features)}")
 

@@ -215,7 +215,11 @@ def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -
     _LIBRARY.define(f"{name}(str backend, {schema}) -> ()")
 
     def run(backend: str, *args: Any) -> None:
-        kernels[backend](*args)
+        if torch._C._is_any_autocast_enabled():  # it would round what the kernels multiply in float32
+            with torch.autocast(args[0].device.type, enabled=False):
+                kernels[backend](*args)
+        else:
+            kernels[backend](*args)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
@@ -226,7 +230,7 @@ def native_op(name: str, schema: str, kernels: dict[str, Callable[..., None]]) -
         if torch.compiler.is_compiling() or _traced(args[0]):
             operator(backend, *args)
         else:
-            kernels[backend](*args)
+            run(backend, *args)
 
     return call
 

@@ -12,8 +12,8 @@ from heads import PARAMETERS, SCALING, assert_matches_float64, head_case, lora_o
 from oracle import DTYPES, assert_as_accurate, strided_variants
 from torch.utils.checkpoint import checkpoint
 
+from fastrl import checks
 from fastrl.ops import linear_head_chunks, linear_head_gpu, linear_logprobs
-from fastrl.reference import token_logprobs
 
 HEADS = {"plain": {}, "bias": {"bias": True}, "lora": {"lora": True}, "bias and lora": {"bias": True, "lora": True}}
 
@@ -131,7 +131,7 @@ def test_products_and_waits(gpu_backend, device, monkeypatch, captured):
 def test_debugging_asks_for_no_value_in_a_capture(gpu_backend, device, monkeypatch):
     """FASTRL_DEBUG=1 while a graph is captured: a bad id makes its row NaN, as without it."""
     monkeypatch.setenv("FASTRL_DEBUG", "1")
-    for module in (linear_head_gpu, token_logprobs):
+    for module in (linear_head_gpu, checks):
         monkeypatch.setattr(module, "capturing", lambda tensor: True)
     case = on(head_case(rows=4), device)
     case.token_ids[1] = 129

@@ -275,6 +275,8 @@ def test_memory_stays_within_the_blocks():
         peak = max(peak, total)
     sums = linear_head_cpu.CHUNK_ROWS * width * (4 + 2 + 2 + 2)  # sums, a block's part, targets, direction to store
     saved = 2 * rows * width * 2  # direction, gradient
+    if linear_head_cpu._multiply_dtype(torch.bfloat16) == torch.float32:  # x, the direction, a block of the weight
+        saved += (2 * rows + linear_head_cpu.BLOCK_BYTES // (4 * linear_head_cpu.CHUNK_ROWS)) * width * 4
     assert len(events) > 10 and peak > saved
     assert peak <= linear_head_cpu.BLOCK_BYTES + sums + saved + (1 << 19)
     assert peak <= 0.12 * rows * vocab * 4  # a float32 copy of the logits is far away

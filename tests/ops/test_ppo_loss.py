@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, assert_as_accurate, strided_variants
 
-from fastrl.ops import ppo_loss
+from fastrl.ops import PPOStats, ppo_loss
 from fastrl.ops.backend import choose
 
 NATIVE = "cpu"
@@ -300,7 +300,7 @@ def test_compiles_without_graph_breaks():
 def test_opcheck():
     inputs, entropy = case(3, 9)
     ordered = [inputs["logprobs"], inputs["values"], entropy, *(inputs[name] for name in NAMES[2:])]
-    outputs = [torch.empty(()), torch.empty(10), torch.empty(3, 9), torch.empty(3, 9), None]
+    outputs = [torch.empty(()), torch.empty(len(PPOStats._fields)), torch.empty(3, 9), torch.empty(3, 9), None]
     args = (NATIVE, *ordered, torch.tensor(3.0), 0.2, 0.2, 0.1, 0.0, float("inf"), *outputs)
     torch.library.opcheck(torch.ops.fastrl.ppo_loss.default, args)
 

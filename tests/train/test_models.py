@@ -464,7 +464,7 @@ def test_a_projected_backbone_gets_a_head_of_its_width(tmp_path):
 
 
 def test_pad_apart(tiny_tokenizer):
-    """A pad token that ends no response, so that transformers' classifiers find the last token."""
+    """Pitfall 18: a pad token that ends no response, so that transformers' classifiers find the last token."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     pad_apart(tokenizer)
     assert tokenizer.pad_token == "<pad>"

@@ -315,12 +315,10 @@ def test_target_kl_ends_the_updates_of_an_iteration(config):
     assert counts[None] == 8 and 2 <= counts[0.0005] < 8
 
 
-@pytest.mark.parametrize(
-    "approx_kl, kl, updates", [(0.1, 0.1, 1), (4.9e5, -0.02, 4), (0.3, -0.7, 1), (0.01, 0.01, 4)]
-)
+@pytest.mark.parametrize("approx_kl, kl, updates", [(0.1, 0.1, 1), (4.9e5, -0.02, 4), (0.3, -0.7, 1), (0.01, 0.01, 4)])
 def test_one_outlier_does_not_end_the_updates(config, monkeypatch, approx_kl, kl, updates):
-    """Pitfall 47: one of 1000 tokens with a ratio of e^20 gives an approx_kl of 4.9e5 and a kl of -0.02; all tokens with
-    a ratio of 2 have a kl of -0.7."""
+    """Pitfall 47: one of 1000 tokens with a ratio of e^20 gives an approx_kl of 4.9e5 and a kl of -0.02; all tokens
+    with a ratio of 2 have a kl of -0.7."""
     cfg = config(target_kl=0.05, epochs=2, minibatch_size=4)
     roles, tokenizer = ready(cfg, jitter=0.05)
     prompts = [ppo.Prompt([70 + i] * (1 + i), "") for i in range(8)]
