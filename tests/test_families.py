@@ -61,12 +61,13 @@ def test_no_family_of_the_table_is_wrong():
 
 
 @pytest.mark.families
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_every_causal_family_works_or_is_refused(model_type):
     """As the table says, where the installed transformers has the family as it was then."""
+    before = next((row for row in rows() if row.model_type == model_type), None)
+    if before and before.outcome == "not built":  # some take minutes and gigabytes to find out
+        pytest.skip(before.reason)
     verdict = judge(model_type)
     assert verdict.outcome != "wrong", verdict
-    before = next((row for row in rows() if row.model_type == model_type), verdict)
-    if before.outcome == "works":
+    if before and before.outcome == "works":
         assert verdict.outcome == "works", verdict
