@@ -536,7 +536,11 @@ def test_local_path_wins_over_hub_id(tmp_path, monkeypatch, write):
         ("a.json", b'[{"a": 1},\n oops]', r"a\.json:2: broken JSON array"),
         ("a.jsonl", b"\xff\xfe\n", "not readable as jsonl text"),
         ("a.jsonl.gz", b"no gzip", "not readable as jsonl text: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "not readable as jsonl text: Compressed file ended"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9],
+            "not readable as jsonl text: Compressed file ended",
+        ),
         ("a.csv", b"prompt,completion\nx,y\nx\n", r"a\.csv:3: expected 2 columns as in the header, got 1"),
         ("a.csv", b"prompt,completion\nx,y,z\n", r"a\.csv:2: expected 2 columns as in the header, got 3"),
         ("a.csv", b"prompt,responses,ranks\nx,y,z\n", r"a\.csv:2: column 'responses' must be JSON"),
