@@ -146,9 +146,13 @@ def test_an_interrupt_ends_the_step(tmp_path):
         said.extend(log.read_text().strip() for log in tmp_path.glob("*.log"))
         os.kill(os.getpid(), signal.SIGINT)
 
-    Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run([python("import os, time; print(os.getpid(), flush=True); time.sleep(60)", seconds=90)], tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run([python("import os, time; print(os.getpid(), flush=True); time.sleep(60)", seconds=90)], tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert said and not Path(f"/proc/{said[0]}").exists()
 
 
