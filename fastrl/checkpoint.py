@@ -14,7 +14,8 @@ import peft
 import torch
 import transformers
 
-from fastrl.models import ADAPTER_CONFIG, SCORE_FIELDS, SCORE_FILE, base_model, is_adapter, quiet_transformers
+from fastrl.folders import ADAPTER_CONFIG
+from fastrl.models import SCORE_FIELDS, SCORE_FILE, base_model, is_adapter, quiet_transformers
 from fastrl.optim import NonFiniteError
 from fastrl.rollout import write_generation_config
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LFS = b"version https://git-lfs"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.*", "spiece.model")
@@ -53,7 +55,7 @@ def check_files(folder: Path) -> None:
     that are not there. Only headers are read.
     """
     for file in sorted(folder.glob("*.json")):
-        if file.name in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
+        if file.name in ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "generation_config.json"):
             settings = read_json(file)
             if file.name == "config.json" and settings.get("quantization_config"):
                 method = settings["quantization_config"].get("quant_method", "unknown")

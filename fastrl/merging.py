@@ -14,9 +14,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastrl.folders import reading
+from fastrl.folders import ADAPTER_WEIGHTS, reading
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of names in an adapter's file
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of outputs, as a share of the largest
 PROBED = 8  # tokens
@@ -35,7 +34,7 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
         ValueError: the adapter cannot be merged, is of another base, or the merged model's outputs on a few tokens
             differ from the adapter's by more than rounding.
     """
-    file = Path(path) / WEIGHTS
+    file = Path(path) / ADAPTER_WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
     with reading(path):

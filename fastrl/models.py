@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from fastrl.folders import (
+    ADAPTER_CONFIG,
     check_files,
     check_has_tokenizer,
     check_has_weights,
@@ -41,7 +42,6 @@ KINDS = {
     ),
 }
 TRAIN_ONE = "train one with `fastrl reward`"
-ADAPTER_CONFIG = "adapter_config.json"
 SCORE_FILE = "fastrl_score.json"
 SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
 

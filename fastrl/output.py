@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.checkpoint import checkpoints, is_model_file
-from fastrl.models import ADAPTER_CONFIG, adapter_base, is_adapter
+from fastrl.folders import ADAPTER_CONFIG, read_json
+from fastrl.models import adapter_base, is_adapter
 from fastrl.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
@@ -86,7 +87,7 @@ def _put_aside(output: Path) -> None:
     aside = _aside(output)
     shutil.rmtree(aside, ignore_errors=True)
     for file in output.rglob(ADAPTER_CONFIG):
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         base = Path(config.get("base_model_name_or_path") or "")
         if base.is_absolute() and output in base.parents:
             config["base_model_name_or_path"] = str(aside / base.relative_to(output))

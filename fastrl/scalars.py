@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastrl.folders import read_config, read_json
+from fastrl.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json
 from fastrl.templates import end_token_id
 from fastrl.weights import check_config, weight_names
 
@@ -27,7 +27,7 @@ def claims_score_head(path: str) -> bool:
     An adapter is one if its task says so or if it saved a head; a full model if its config names a sequence classifier
     or, where the config names nothing, if there is a head among its weights.
     """
-    adapter = Path(path) / "adapter_config.json"
+    adapter = Path(path) / ADAPTER_CONFIG
     if adapter.is_file():
         return read_json(adapter).get("task_type") == "SEQ_CLS" or saved_score(path) is not None
     names = read_config(path).architectures
@@ -42,7 +42,7 @@ def saved_score(adapter: str | Path) -> Tensor | None:
     Raises:
         ValueError: the head has more outputs than one.
     """
-    file = Path(adapter) / "adapter_model.safetensors"
+    file = Path(adapter) / ADAPTER_WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
     with safe_open(file, "pt") as tensors:
