@@ -7,12 +7,12 @@ trained with is recorded in its tokenizer_config.json, and holds for all that co
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastrl.bad_records import BadRecord
+from fastrl.folders import read_json
 from fastrl.messages import Message
 
 TEMPLATES = ("auto", "chat", "alpaca", "none")
@@ -83,7 +83,7 @@ def recorded_template(source: Any) -> str | None:
     """The template that a tokenizer, or the model in a folder, was trained with; None if it does not say."""
     if isinstance(source, (str, Path)):
         file = Path(source) / "tokenizer_config.json"
-        return json.loads(file.read_text(encoding="utf-8")).get(RECORD) if file.is_file() else None
+        return read_json(file).get(RECORD) if file.is_file() else None
     return getattr(source, "init_kwargs", {}).get(RECORD)
 
 
