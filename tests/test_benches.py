@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from additions import addition
 
 from fastrl import bench
 from fastrl.benches import bench_train, harness, machine, memory, records, tables
@@ -214,18 +215,8 @@ def test_a_provider_that_fails_at_full_size_is_a_row(monkeypatch):
             raise RuntimeError("CUDA out of memory")
         return i["x"] + 1
 
-    case = harness.Case(
-        op="add",
-        shape="8",
-        dtype=torch.float32,
-        make=lambda rows: {"x": torch.randn(rows)},
-        rows=8,
-        gate_rows=4,
-        truth=lambda i: i["x"] + 1,
-        providers={"torch eager": lambda i: i["x"] + 1, "peer": large},
-        bound="copy",
-        bytes=64,
-    )
+    providers = {"torch eager": lambda i: i["x"] + 1, "peer": large}
+    case = addition(providers, gate_rows=4, bound="copy", bytes=64)
     rows = measure(case)
     assert rows["peer"]["status"] == "failed: RuntimeError: CUDA out of memory" and "ms_p50" not in rows["peer"]
     assert rows["torch eager"]["status"] == "ok" and float(rows["torch eager"]["ms_p50"]) > 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from additions import addition
 from gpus import HAS_GPU
 
 from fastrl.benches import first_contact_cases, first_contact_rows, fresh_context, harness, machine, records
@@ -48,16 +49,7 @@ def test_a_worker_that_never_comes_to_a_row_is_not_started_again(tmp_path):
 
 
 def measure(path, monkeypatch, **providers):
-    case = harness.Case(
-        op="add",
-        shape="8",
-        dtype=torch.float32,
-        make=lambda rows: {"x": torch.randn(rows)},
-        rows=8,
-        truth=lambda i: i["x"] + 1,
-        providers=providers,
-        bound="copy",
-    )
+    case = addition(providers, bound="copy")
     monkeypatch.setattr(first_contact_rows, "cases", lambda device, sizes: [case])
     monkeypatch.setattr(machine, "ceilings", lambda *_, **__: {"copy": 1.0})
     first_contact_rows.measure_all(path, "cpu", dry=True)
@@ -165,16 +157,7 @@ def test_products_that_lose_their_float32_results_are_wrong(case):
 
 def test_replays_count_as_so_many_calls(monkeypatch):
     calls = []
-    case = harness.Case(
-        op="add",
-        shape="8",
-        dtype=torch.float32,
-        make=lambda rows: {"x": torch.randn(rows)},
-        rows=8,
-        truth=lambda i: i["x"] + 1,
-        providers={"p": lambda i: (calls.append(1), i["x"] + 1)[1]},
-        captured=True,
-    )
+    case = addition({"p": lambda i: (calls.append(1), i["x"] + 1)[1]}, captured=True)
     (run,) = harness.runs_of(case, case.providers, "cpu").values()
     run()
     assert len(calls) == run.calls == 16 and case.direction == "fwd captured"
