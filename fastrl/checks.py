@@ -160,3 +160,11 @@ def has_values(tensor: torch.Tensor) -> bool:
 def debugging() -> bool:
     """Whether FASTRL_DEBUG=1 asks for the checks that have to wait for a GPU: token ids in range."""
     return os.environ.get("FASTRL_DEBUG", "") not in ("", "0")
+
+
+def check_range(token_ids: torch.Tensor, vocab: int, op: str = "token_logprobs", name: str = "token_ids") -> None:
+    """Raises where an id is outside [0, vocab); skipped where no value can be read."""
+    if token_ids.numel() == 0 or not has_values(token_ids):
+        return
+    low, high = int(token_ids.min()), int(token_ids.max())
+    check(0 <= low and high < vocab, op, name, f"ids in [0, {vocab})", low if low < 0 else high)

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastrl.constants import dropout_threshold
 from fastrl.kernels.launch import launch
-from fastrl.reference.lora_linear import dropout_threshold
 
 SLICE = tl.constexpr(16)  # columns that take the same word of their counters
 COLUMNS = tl.constexpr(64)

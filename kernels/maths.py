@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAX_LOG_RATIO = tl.constexpr(20.0)  # see fastrl.reference.ppo_advantages
+MAX_LOG_RATIO = tl.constexpr(20.0)  # see fastrl.constants
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693145751953125)  # few bits: whole multiples of it are exact

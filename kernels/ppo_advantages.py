@@ -19,7 +19,7 @@ from fastrl.kernels.maths import (
     total_moments,
 )
 
-WHITEN_EPS = tl.constexpr(1e-8)  # see fastrl.reference.ppo_advantages
+WHITEN_EPS = tl.constexpr(1e-8)  # see fastrl.constants
 
 # A row's part: n, 1 if n > 0, sums of kl, rewards and values, score; mean and M2 of advantages and of returns.
 PARTS = 10

@@ -5,7 +5,7 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
-constexpr float kMaxLogRatio = 20.0f;  // e^20 = 4.9e8; see MAX_LOG_RATIO in fastrl/reference
+constexpr float kMaxLogRatio = 20.0f;  // e^20 = 4.9e8; see MAX_LOG_RATIO in fastrl/constants.py
 
 // exp_d - 1 - d for exp_d = e^d: never negative; a Taylor polynomial keeps the digits for small d.
 inline vfloat exp_minus_linear(vfloat d, vfloat exp_d) {

@@ -5,7 +5,7 @@
 
 namespace fastrl::cuda {
 
-constexpr float kMaxLogRatio = 20.0f;  // e^20 = 4.9e8; see MAX_LOG_RATIO in fastrl/reference
+constexpr float kMaxLogRatio = 20.0f;  // e^20 = 4.9e8; see MAX_LOG_RATIO in fastrl/constants.py
 
 // NaN stays NaN.
 __host__ __device__ inline float clamp(float x, float low, float high) {

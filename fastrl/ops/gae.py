@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_data, check_float, check_mask, check_unit, has_values
+from fastrl.masked import compute_dtype
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import gae as reference
-from fastrl.reference.masked import compute_dtype
 
 OP = "gae"
 

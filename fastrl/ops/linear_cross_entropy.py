@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastrl.checks import check, check_device, check_float, check_plain, check_positive, debugging
+from fastrl.checks import check, check_device, check_float, check_plain, check_positive, check_range, debugging
 from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose, native_op
@@ -15,7 +15,6 @@ from fastrl.ops.linear_head import autocast, check_head
 from fastrl.ops.linear_logprobs import HEAD_SCHEMA, empty, input_gradients, linear_logprobs
 from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import linear_cross_entropy as reference
-from fastrl.reference.token_logprobs import check_range
 
 OP = "linear_cross_entropy"
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastrl.checks import check_range
 from fastrl.ops.backend import _C, address, rows
-from fastrl.reference.token_logprobs import check_range
 
 # Rows and bytes of a block of logits. Measured at M = 2048, H = 576, V = 49152 in bfloat16 on Zen 5 with 32 MiB of L3:
 # 512 to 2048 rows and 1 to 8 MiB are within 5 % of each other on one thread; larger blocks wait less often for other

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastrl.checks import capturing, debugging
+from fastrl.checks import capturing, check_range, debugging
 from fastrl.ops.backend import address, launch_cuda, rows, triton_kernel
 from fastrl.ops.linear_head_chunks import (
     MIN_ROWS,
@@ -30,7 +30,6 @@ from fastrl.ops.linear_head_chunks import (
     spans,
     workspace,
 )
-from fastrl.reference.token_logprobs import check_range
 
 
 class Rows(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastrl.constants import dropout_threshold
 from fastrl.ops.backend import _C, DTYPE_CODES, address, native_op, team
-from fastrl.reference.lora_linear import dropout_threshold
 
 
 def forward(rows, seed, dropout, scalings, backend, weights, lora_as, lora_bs, biases):

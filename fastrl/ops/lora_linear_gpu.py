@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from fastrl.constants import dropout_threshold
 from fastrl.ops import backend as native
 from fastrl.ops.backend import DTYPE_CODES, address, launch_cuda, native_op, triton_kernel
-from fastrl.reference.lora_linear import dropout_threshold
 
 
 def forward(rows, seed, dropout, scalings, backend, weights, lora_as, lora_bs, biases):

@@ -17,10 +17,10 @@ from fastrl.checks import (
     check_positive,
     check_unit,
 )
+from fastrl.masked import compute_dtype
 from fastrl.ops import backend as native
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ppo_advantages as reference
-from fastrl.reference.masked import compute_dtype
 
 OP = "ppo_advantages"
 KL_ESTIMATORS = ("k1", "k2", "k3")

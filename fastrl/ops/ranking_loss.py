@@ -19,11 +19,11 @@ from fastrl.checks import (
     debugging,
     has_values,
 )
+from fastrl.masked import compute_dtype
 from fastrl.ops import backend as native
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
 from fastrl.reference import ranking_loss as reference
-from fastrl.reference.masked import compute_dtype
 
 OP = "ranking_loss"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.checks import check, check_flag, check_float, check_ids, check_mask, debugging
+from fastrl.checks import check, check_flag, check_float, check_ids, check_mask, check_range, debugging
 from fastrl.ops import backend as native
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import (
@@ -76,7 +76,7 @@ def token_logprobs(
             logits, token_ids, mask, temperature, logit_scale, softcap or 0.0, return_entropy
         )
     if backend != "cpu" and debugging():
-        reference.check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
+        check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
     run = _TokenLogprobs.apply if torch.is_grad_enabled() and logits.requires_grad else _evaluate
     logprobs, entropy, *_ = run(
         with_simple_rows(logits),

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from fastrl.checks import check_range
 from fastrl.reference.linear_logprobs import head_logits
-from fastrl.reference.token_logprobs import check_range, token_logprobs
+from fastrl.reference.token_logprobs import token_logprobs
 
 
 def linear_cross_entropy(

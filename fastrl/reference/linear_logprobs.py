@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastrl.reference.token_logprobs import check_range, token_logprobs
+from fastrl.checks import check_range
+from fastrl.reference.token_logprobs import token_logprobs
 
 
 def head_logits(

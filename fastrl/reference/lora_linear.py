@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastrl.constants import dropout_threshold
+
 PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)  # added to the key words after each round
 PHILOX_FACTORS = (0xD2511F53, 0xCD9E8D57)
 WORD = 0xFFFFFFFF
@@ -35,10 +37,6 @@ def dropout_keep(rows: int, cols: int, dropout: float, seed: torch.Tensor) -> to
     words = _philox(torch.broadcast_to(16 * (k // 64) + k % 16, (rows, cols)), m & WORD, m >> 32, seed)
     word = torch.stack(words).gather(0, torch.broadcast_to(k // 16 % 4, (1, rows, cols)))[0]
     return word >= dropout_threshold(dropout)
-
-
-def dropout_threshold(dropout: float) -> int:
-    return int(dropout * 2.0**32)
 
 
 def _philox(c0, c1, c2, seed):

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fastrl.constants import MAX_LOG_RATIO, WHITEN_EPS
+from fastrl.masked import explained_variance, masked_mean, masked_variance
 from fastrl.reference.gae import gae
-from fastrl.reference.masked import explained_variance, masked_mean, masked_variance
-
-WHITEN_EPS = 1e-8
-
-# e^20 = 4.9e8: past it k3 and the ratio say nothing more, and float32 would overflow at 88.
-MAX_LOG_RATIO = 20.0
 
 
 def kl_estimate(k1: torch.Tensor, estimator: str) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.reference.masked import explained_variance, masked_mean, masked_variance
-from fastrl.reference.ppo_advantages import MAX_LOG_RATIO, kl_estimate
+from fastrl.constants import MAX_LOG_RATIO
+from fastrl.masked import explained_variance, masked_mean, masked_variance
+from fastrl.reference.ppo_advantages import kl_estimate
 
 
 def ppo_loss(

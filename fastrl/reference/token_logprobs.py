@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.checks import check, has_values
+from fastrl.checks import check_range
 
 
 def token_logprobs(
@@ -35,11 +35,3 @@ def token_logprobs(
     finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0)  # 0 log 0 = 0
     entropy = -(all_logprobs.exp() * finite).sum(-1)
     return logprobs, torch.where(keep & ~dead, entropy, 0)
-
-
-def check_range(token_ids: torch.Tensor, vocab: int, op: str = "token_logprobs", name: str = "token_ids") -> None:
-    """Raises where an id is outside [0, vocab); skipped where no value can be read."""
-    if token_ids.numel() == 0 or not has_values(token_ids):
-        return
-    low, high = int(token_ids.min()), int(token_ids.max())
-    check(0 <= low and high < vocab, op, name, f"ids in [0, {vocab})", low if low < 0 else high)

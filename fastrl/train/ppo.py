@@ -26,12 +26,12 @@ from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
 from fastrl.config import checked, option
 from fastrl.data import Prompt, load_prompts, split_holdout
 from fastrl.integrations.peft import merged
+from fastrl.masked import masked_mean
 from fastrl.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
 from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
 from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
 from fastrl.output import check_output, claim_output
-from fastrl.reference.masked import masked_mean
 from fastrl.resume import Run, step_seed
 from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
 from fastrl.templates import check_same_template, record_template

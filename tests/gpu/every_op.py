@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS.parent)]
 
 from conformance.calls import Call, all_calls, evaluate, label  # noqa: E402
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from oracle import assert_as_accurate
 
+from fastrl.constants import dropout_threshold
 from fastrl.ops import backend
 from fastrl.ops.backend import DTYPE_CODES, address, launch_cuda
-from fastrl.reference.lora_linear import dropout_keep, dropout_threshold
+from fastrl.reference.lora_linear import dropout_keep
 
 DROPOUT = 0.3
 # rows, cols, rank: around a lane, a tile, a block; more rows than one part of lora_da sums over.

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS.parent)]
 
 from conformance.calls import Call, all_calls, evaluate, flatten  # noqa: E402
 from gpu.budgets import Usage  # noqa: E402

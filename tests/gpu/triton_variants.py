@@ -17,7 +17,7 @@ import torch
 import triton
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS.parent)]
 
 from gpu.triton_aot import NoDriver  # noqa: E402
 

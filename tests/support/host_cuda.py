@@ -12,7 +12,7 @@ from pathlib import Path
 import pybind11
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MACHINE = ROOT / "tests/gpu/host_cuda"
 
 FLAGS = [

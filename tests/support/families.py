@@ -1,6 +1,6 @@
 """Tiny random models of transformers' causal families, and what fastrl makes of each: works, refused, or wrong.
 
-python tests/families.py [model_type ...]     # rewrites families.csv beside it, or prints the rows asked for
+python tests/support/families.py [model_type ...]     # rewrites families.csv beside it, or prints the rows asked for
 """
 
 from __future__ import annotations

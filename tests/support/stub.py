@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-STUB = Path(__file__).parent.parent / "fastrl/_C.pyi"
+STUB = Path(__file__).parents[2] / "fastrl/_C.pyi"
 Signatures = dict[str, list[str]]
 
 

@@ -1,0 +1,34 @@
+"""Who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import fastrl
+
+ROOT = Path(fastrl.__file__).parent
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """(module, module of the package that it imports anywhere in its text), both without the leading `fastrl.`."""
+    for file in sorted(ROOT.rglob("*.py")):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            yield from ((name, module.removeprefix("fastrl.")) for module in found if module.startswith("fastrl."))
+
+
+def importers(package: str) -> set[str]:
+    """Modules outside of a package that import it or a part of it."""
+    return {name for name, module in imports() if module.split(".")[0] == package and name.split(".")[0] != package}
+
+
+def test_the_oracle_is_imported_by_the_ops_alone():
+    assert {name.split(".")[0] for name in importers("reference")} == {"ops"}
