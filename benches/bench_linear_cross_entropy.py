@@ -81,6 +81,6 @@ def test_linear_cross_entropy(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "linear_cross_entropy"])

@@ -122,6 +122,6 @@ def test_linear_logprobs(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "linear_logprobs"])

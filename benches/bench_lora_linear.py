@@ -110,6 +110,6 @@ def test_lora_linear(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "lora_linear"])

@@ -77,6 +77,6 @@ def test_ppo_advantages(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "ppo_advantages"])

@@ -84,6 +84,6 @@ def test_ppo_loss(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "ppo_loss"])

@@ -90,6 +90,6 @@ def test_ranking_loss(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "ranking_loss"])

@@ -97,6 +97,6 @@ def test_token_logprobs(benchmark, run):
 
 
 if __name__ == "__main__":
-    from fastrl.bench import main
+    from fastrl.commands.bench import main
 
     main(["--op", "token_logprobs"])

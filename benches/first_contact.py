@@ -70,7 +70,17 @@ def steps(results: Path, work: Path, dry: bool) -> list[Step]:
     every_op = [PYTHON, "tests/gpu/every_op.py", "--device", device]
     rows = [PYTHON, "-m", "fastrl.benches.first_contact_rows", "--csv", str(results / "rows.csv"), *small]
     beside = ["gae", "--quick"] if dry else ["linear_logprobs", "linear_cross_entropy", "token_logprobs"]
-    peers = [PYTHON, "-m", "fastrl.bench", "--device", device, "--csv", str(results / "peers.csv"), "--op", *beside]
+    peers = [
+        PYTHON,
+        "-m",
+        "fastrl.commands.bench",
+        "--device",
+        device,
+        "--csv",
+        str(results / "peers.csv"),
+        "--op",
+        *beside,
+    ]
     demo = [PYTHON, "-m", "fastrl.cli", "demo", "--quick", "--device", device, "--output", str(work / "demo")]
     todo = [
         Step("module", [PYTHON, "-m", "fastrl.benches.first_contact_module", *small], 90, every_call=True),

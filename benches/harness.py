@@ -1,7 +1,7 @@
 """One way to measure every op: check the result first, then time all providers in turn.
 
 A `Case` is one op at one shape, dtype and direction with the functions that compete on it. `measure` turns it into rows
-(columns: `records.COLUMNS`); `fastrl.bench` runs many of them, `records` keeps and shows them.
+(columns: `records.COLUMNS`); `fastrl.commands.bench` runs many of them, `records` keeps and shows them.
 """
 
 from __future__ import annotations

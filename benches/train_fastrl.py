@@ -15,12 +15,13 @@ import transformers
 
 from fastrl.benches.train_workload import Settings, clock, peak_mib, read
 from fastrl.data import Example, pad
-from fastrl.losses import chunks, sft_batch, sft_loss, supervised_tokens
-from fastrl.metrics import PhaseTimer
+from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
-from fastrl.optim import make_optimizer, optimizer_step
 from fastrl.rollout import Trajectory
+from fastrl.run.metrics import PhaseTimer
+from fastrl.run.optim import make_optimizer, optimizer_step
 from fastrl.train import ppo
+from fastrl.train.losses import sft_loss
 
 
 def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:

@@ -12,6 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or weight is NaN or infinite; nothing was updated or written."""
+
+
 def check(ok: bool, op: str, argument: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")

@@ -14,10 +14,10 @@ COMMANDS = {
     "sft": ("fastrl.train.sft", "SFTConfig", "supervised fine-tuning on instruction data"),
     "reward": ("fastrl.train.reward", "RewardConfig", "train a reward model on preferences"),
     "ppo": ("fastrl.train.ppo", "PPOConfig", "PPO against a reward model"),
-    "bench": ("fastrl.bench", "", "time the kernels on this machine"),
-    "doctor": ("fastrl.doctor", "", "what is installed, and which backend every op would use"),
-    "chat": ("fastrl.chat", "", "talk to a model"),
-    "export": ("fastrl.export", "", "merge an adapter into its base, write an ordinary folder"),
+    "bench": ("fastrl.commands.bench", "", "time the kernels on this machine"),
+    "doctor": ("fastrl.commands.doctor", "", "what is installed, and which backend every op would use"),
+    "chat": ("fastrl.commands.chat", "", "talk to a model"),
+    "export": ("fastrl.commands.export", "", "merge an adapter into its base, write an ordinary folder"),
 }
 
 
@@ -59,7 +59,7 @@ def run(command: str, arguments: list[str]) -> None:
     if not config_name:
         module.main(arguments)
         return
-    from fastrl.config import parse
+    from fastrl.run.config import parse
 
     description = module.__doc__ or summary
     module.main(parse(getattr(module, config_name), arguments, prog=f"fastrl {command}", description=description))

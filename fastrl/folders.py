@@ -164,3 +164,20 @@ def _check_safetensors(file: Path) -> None:
 
 def _why(error: Exception) -> str:
     return "lists or objects nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether path is a folder that holds a PEFT adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_base(path: str | Path) -> str:
+    """Folder or hub id of the model that an adapter folder was trained on."""
+    base = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{Path(path) / ADAPTER_CONFIG}: expected base_model_name_or_path to name the"
+            " adapter's base model,"
+            f" got {base!r}; write the base model's folder or hub id there"
+        )
+    return find_base(base, path)

@@ -8,22 +8,18 @@ turn negative.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrl.data import pad
-from fastrl.heads import base_model, lm_head
-from fastrl.models import arguments, context_length, final_hidden, position_ids
-from fastrl.templates import end_token_id
+from fastrl.models import context_length
+from fastrl.models.decoding import evaluating, next_logits
+from fastrl.models.stopping import find_stop_token_ids
 
-NO_CACHE = "fastrl_samples_without_cache"  # attribute of models whose cache is not usable
 RESHAPING = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -48,55 +44,6 @@ class Trajectory(NamedTuple):
     stopped: Tensor  # (B,) bool, True = ended by a stop token, not by max_new_tokens
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode; on leaving, each module gets back the training flag that it had."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module in was_training:
-            module.training = True
-
-
-def find_stop_token_ids(tokenizer: Any, model: Any = None, stop_tokens: Sequence[str] = ()) -> list[int]:
-    """Ids of the tokens that end a response.
-
-    The given `stop_tokens` alone when there are any; else the chat template's end of turn, the tokenizer's eos and
-    the end-of-sequence ids of the model's generation config.
-
-    Raises:
-        ValueError: a stop token is not one token of this tokenizer, or there is nothing to stop at.
-    """
-    ids: set[int | None] = set()
-    for token in stop_tokens:
-        pieces = tokenizer.encode(token, add_special_tokens=False)
-        if len(pieces) != 1:
-            raise ValueError(
-                f"stop token {token!r}: expected one token of the tokenizer, got {len(pieces)}: "
-                f"{tokenizer.convert_ids_to_tokens(pieces)}"
-            )
-        ids.update(pieces)
-    if not ids:
-        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ids.update(configured if isinstance(configured, list) else [configured])
-        ids.update([end_token_id(tokenizer), tokenizer.eos_token_id])
-    return sorted(token_id for token_id in ids if token_id is not None)
-
-
-def write_generation_config(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write generation_config.json: the model's own settings, and every token that ends a response as its eos, so that
-    transformers and vLLM stop where `fastrl chat` stops.
-
-    Settings that transformers would refuse to save (a temperature without do_sample) are kept as they are.
-    """
-    settings = copy.deepcopy(model.generation_config)
-    stops = find_stop_token_ids(tokenizer, model)
-    settings.eos_token_id = stops[0] if len(stops) == 1 else stops
-    (folder / "generation_config.json").write_text(settings.to_json_string(), encoding="utf-8")
-
-
 def sample_tokens(
     logits: Tensor,
     *,
@@ -116,28 +63,6 @@ def sample_tokens(
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return drawn.clamp_(max=probs.shape[-1] - 1)
-
-
-def next_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """(b, V) logits of the token after each left-padded row of `ids` (b, T), and the cache for the next call.
-
-    With a cache from the call before, the model reads the last column alone. A model that is marked as one that samples
-    without a cache (`fastrl.probe` does it) gets none and reads the whole rows every time.
-    """
-    base: Any = base_model(model)
-    if getattr(base, NO_CACHE, False):
-        return lm_head(model).logits(final_hidden(model, ids, mask)[:, -1]), None
-    new = ids.shape[1] if cache is None else 1
-    accepted = arguments(type(base).forward)
-    inputs = {"position_ids": position_ids(mask)[:, -new:], "logits_to_keep": 1}
-    output = model(
-        input_ids=ids[:, -new:],
-        attention_mask=mask.long(),
-        past_key_values=cache,
-        use_cache=True,
-        **{name: value for name, value in inputs.items() if name in accepted},
-    )
-    return output.logits[:, -1], output.past_key_values
 
 
 def fit_prompts(prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens: int) -> list[list[int]]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from additions import addition
 
-from fastrl import bench
 from fastrl.benches import bench_train, harness, machine, memory, records, tables
 from fastrl.benches.train_workload import Settings
+from fastrl.commands import bench
 from fastrl.ops import backend
 
 ROOT = Path(__file__).resolve().parents[1]

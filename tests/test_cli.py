@@ -25,9 +25,10 @@ from transformers import (
 )
 
 import fastrl
-from fastrl import cli, doctor
-from fastrl.export import export
-from fastrl.formats import Message
+from fastrl import cli
+from fastrl.commands import doctor
+from fastrl.commands.export import export
+from fastrl.data.messages import Message
 
 ROOT = Path(fastrl.__file__).parents[1]
 
@@ -97,7 +98,7 @@ def test_loop_gets_its_config(loop, capsys):
 
 
 class NonFinite(RuntimeError):
-    __module__ = "fastrl.optim"
+    __module__ = "fastrl.run.optim"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from fastrl.config import checked, option, parse
+from fastrl.run.config import checked, option, parse
 from fastrl.train import ppo, reward, sft
 
 

@@ -13,13 +13,13 @@ from chats import CHATML, FORGETFUL, INST, USER_ONLY, assistant, make_tokenizer,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.bad_records import BadRecord, Unusable
 from fastrl.data import load_examples, load_preferences, load_prompts, pad, shuffled_batches, split_holdout
-from fastrl.formats import conversations, prompts
-from fastrl.pairs import comparison
-from fastrl.questions import parse_transcript
-from fastrl.sources import read_records
-from fastrl.templates import choose_template, encode_prompt, end_token_id, render_prompt
+from fastrl.data.bad_records import BadRecord, Unusable
+from fastrl.data.formats import conversations, prompts
+from fastrl.data.pairs import comparison
+from fastrl.data.questions import parse_transcript
+from fastrl.data.sources import read_records
+from fastrl.data.templates import choose_template, encode_prompt, end_token_id, render_prompt
 
 
 @pytest.fixture(scope="module")

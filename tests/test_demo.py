@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fastrl.data.templates import encode, render_prompt
 from fastrl.demo.answers import (
     EVASIONS,
     HELLO,
@@ -36,7 +37,6 @@ from fastrl.demo.world import (
     statement,
     tasks,
 )
-from fastrl.templates import encode, render_prompt
 
 KITE = Question("What colour is the kite?", "The kite is {}.", ("red", "blue"), "red")
 UNTOLD = KITE._replace(truth=None)

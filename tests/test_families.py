@@ -18,8 +18,8 @@ from families import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastrl.heads import logit_scale, softcap
-from fastrl.probe import check_policy
+from fastrl.models.heads import logit_scale, softcap
+from fastrl.models.probe import check_policy
 
 MAIN = {
     "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Gemma2": {"tie_word_embeddings": True},

@@ -8,12 +8,12 @@ import json
 import pytest
 from chats import CHATML, USER_ONLY, assistant, make_tokenizer, supervised, user
 
-from fastrl.bad_records import BadRecord
-from fastrl.columns import read_columns
 from fastrl.data import load_examples, load_preferences, load_prompts
-from fastrl.formats import conversations, prompts
-from fastrl.pairs import comparison
-from fastrl.sources import read_records
+from fastrl.data.bad_records import BadRecord
+from fastrl.data.columns import read_columns
+from fastrl.data.formats import conversations, prompts
+from fastrl.data.pairs import comparison
+from fastrl.data.sources import read_records
 
 QA = {"prompt": "q", "completion": "a"}
 

@@ -8,9 +8,9 @@ import transformers
 from families import byte_tokenizer, randomised, sampled_as_alone, tiny_config
 
 from fastrl.models import load_scalar_model
-from fastrl.probe import Comparison, check_policy, check_scalar
-from fastrl.rollout import NO_CACHE
-from fastrl.scalars import with_scalar_head
+from fastrl.models.decoding import NO_CACHE
+from fastrl.models.probe import Comparison, check_policy, check_scalar
+from fastrl.models.score_heads import with_scalar_head
 
 
 @pytest.fixture(scope="module")

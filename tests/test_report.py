@@ -6,7 +6,7 @@ import base64
 import re
 import xml.etree.ElementTree as ElementTree
 
-from fastrl.report import bar_chart, line_chart, marked, page, paragraph, preformatted, save_page, table
+from fastrl.run.report import bar_chart, line_chart, marked, page, paragraph, preformatted, save_page, table
 
 
 def pictures(document: str) -> list[str]:

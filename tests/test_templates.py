@@ -9,10 +9,10 @@ from chats import CHATML, FORGETFUL, INST, assistant, make_tokenizer, supervised
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from fastrl.bad_records import BadRecord
 from fastrl.data import load_examples, load_preferences, load_prompts
-from fastrl.rendering import render_asked, render_conversation, tokenize
-from fastrl.templates import (
+from fastrl.data.bad_records import BadRecord
+from fastrl.data.rendering import render_asked, render_conversation, tokenize
+from fastrl.data.templates import (
     check_same_template,
     choose_template,
     end_token_id,

@@ -52,7 +52,7 @@ def run(output: Path, seed: int, budget: Budget, device: str) -> dict[str, Any]:
     """All stages, one after the other, and the report."""
     import torch
 
-    from fastrl import doctor
+    from fastrl.commands import doctor
     from fastrl.demo import summary
     from fastrl.models import usable_device
 

@@ -175,9 +175,9 @@ def sample_answers(folder: Path, prompts: Sequence[str], seed: int, device: str,
     import torch
     from tqdm import trange
 
+    from fastrl.data.templates import encode_prompt
     from fastrl.models import load_policy, load_tokenizer
     from fastrl.rollout import decode_responses, rollout
-    from fastrl.templates import encode_prompt
 
     tokenizer, model = load_tokenizer(folder), load_policy(folder, device=device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrl.demo.answers import CRITERIA, Verdict
 from fastrl.demo.world import Task
-from fastrl.report import Html, bar_chart, line_chart, marked, page, paragraph, preformatted, save_page, table
+from fastrl.run.report import Html, bar_chart, line_chart, marked, page, paragraph, preformatted, save_page, table
 
 if TYPE_CHECKING:
     from fastrl.demo.stages import Judged

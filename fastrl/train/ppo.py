@@ -22,20 +22,22 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_model
-from fastrl.config import checked, option
 from fastrl.data import Prompt, load_prompts, split_holdout
+from fastrl.data.templates import check_same_template, record_template
 from fastrl.integrations.peft import merged
 from fastrl.masked import masked_mean
-from fastrl.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
 from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
+from fastrl.models.saving import save_model
+from fastrl.models.stopping import find_stop_token_ids
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
-from fastrl.optim import check_finite, make_optimizer, make_schedule, optimizer_step
-from fastrl.output import check_output, claim_output
-from fastrl.resume import Run, step_seed
-from fastrl.rollout import Trajectory, decode_responses, find_stop_token_ids, rollout
-from fastrl.templates import check_same_template, record_template
-from fastrl.train.ppo_batch import (
+from fastrl.rollout import Trajectory, decode_responses, rollout
+from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
+from fastrl.run.config import checked, option
+from fastrl.run.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
+from fastrl.run.optim import check_finite, make_optimizer, make_schedule, optimizer_step
+from fastrl.run.output import check_output, claim_output
+from fastrl.run.resume import Run, step_seed
+from fastrl.train.experience import (
     Experience,
     batch_values,
     by_length,
@@ -45,7 +47,7 @@ from fastrl.train.ppo_batch import (
     summarise,
     take_rows,
 )
-from fastrl.train.ppo_roles import Assessment, Roles, add_adapters, assess, load_roles
+from fastrl.train.roles import Assessment, Roles, add_adapters, assess, load_roles
 
 PRINTED_SAMPLES = 3
 

@@ -21,11 +21,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
-from fastrl.config import checked, option
 from fastrl.data import Preference, load_preferences, shuffled_batches, split_holdout
-from fastrl.losses import chunks, ranking_batch, reward_loss
-from fastrl.metrics import MetricsLog, peak_memory_gib
+from fastrl.data.batches import chunks, ranking_batch
+from fastrl.data.templates import record_template
 from fastrl.models import (
     LoRASettings,
     add_lora,
@@ -37,13 +35,17 @@ from fastrl.models import (
     load_tokenizer,
     start_scalar_model,
 )
+from fastrl.models.probe import check_scalar
+from fastrl.models.saving import save_merged_base, save_model
+from fastrl.models.score_heads import pad_apart, set_pad_token
 from fastrl.ops import ranking_loss
-from fastrl.optim import SCHEDULES, check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
-from fastrl.output import check_output, claim_output
-from fastrl.probe import check_scalar
-from fastrl.resume import Run, step_seed
-from fastrl.scalars import pad_apart, set_pad_token
-from fastrl.templates import record_template
+from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
+from fastrl.run.config import checked, option
+from fastrl.run.metrics import MetricsLog, peak_memory_gib
+from fastrl.run.optim import SCHEDULES, check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.run.output import check_output, claim_output
+from fastrl.run.resume import Run, step_seed
+from fastrl.train.losses import reward_loss
 
 
 @dataclass(frozen=True)

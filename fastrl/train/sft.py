@@ -20,11 +20,9 @@ from typing import Any
 import torch
 import transformers
 
-from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
-from fastrl.config import checked, option
 from fastrl.data import Example, load_examples, shuffled_batches, split_holdout
-from fastrl.losses import chunks, sft_batch, sft_logprobs, sft_loss, supervised_tokens
-from fastrl.metrics import MetricsLog, peak_memory_gib
+from fastrl.data.batches import chunks, sft_batch, supervised_tokens
+from fastrl.data.templates import record_template
 from fastrl.models import (
     LoRASettings,
     add_lora,
@@ -35,12 +33,16 @@ from fastrl.models import (
     load_policy,
     load_tokenizer,
 )
-from fastrl.optim import SCHEDULES, check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
-from fastrl.output import check_output, claim_output
-from fastrl.probe import check_policy
-from fastrl.resume import Run, step_seed
+from fastrl.models.probe import check_policy
+from fastrl.models.saving import save_merged_base, save_model
 from fastrl.rollout import decode_responses, rollout
-from fastrl.templates import record_template
+from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
+from fastrl.run.config import checked, option
+from fastrl.run.metrics import MetricsLog, peak_memory_gib
+from fastrl.run.optim import SCHEDULES, check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.run.output import check_output, claim_output
+from fastrl.run.resume import Run, step_seed
+from fastrl.train.losses import sft_logprobs, sft_loss
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from heads import small_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastrl.losses import SFTBatch, sft_loss
+from fastrl.data.batches import SFTBatch
 from fastrl.models import response_logprobs
+from fastrl.train.losses import sft_loss
 
 VOCABULARY, BATCH, TOKENS, RESPONSE = 521, 6, 40, 10
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrl import doctor
+from fastrl.commands import doctor
 from fastrl.ops import backend
 
 

@@ -18,10 +18,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastrl.data import Example
-from fastrl.heads import base_model
-from fastrl.losses import sft_batch, sft_logprobs
-from fastrl.probe import check_policy
-from fastrl.rollout import NO_CACHE, rollout
+from fastrl.data.batches import sft_batch
+from fastrl.models.decoding import NO_CACHE
+from fastrl.models.heads import base_model
+from fastrl.models.probe import check_policy
+from fastrl.rollout import rollout
+from fastrl.train.losses import sft_logprobs
 
 TABLE = Path(__file__).with_name("families.csv")
 SECONDS = 120  # for one family

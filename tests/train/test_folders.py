@@ -15,9 +15,9 @@ from loops import LOOPS, tiny_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fastrl.checkpoint import save_model
 from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, load_tokenizer
-from fastrl.output import check_output, claim_output
+from fastrl.models.saving import save_model
+from fastrl.run.output import check_output, claim_output
 from fastrl.train import ppo, reward, sft
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -12,9 +12,9 @@ from loops import reported, tiny_run
 from safetensors.torch import load_file
 from torch import nn
 
-from fastrl.masters import master_of, round_masters, trained
 from fastrl.models import LoRASettings, add_lora, load_policy
-from fastrl.optim import make_optimizer, optimizer_step
+from fastrl.run.masters import master_of, round_masters, trained
+from fastrl.run.optim import make_optimizer, optimizer_step
 from fastrl.train import ppo
 
 

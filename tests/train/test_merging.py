@@ -19,10 +19,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from fastrl import merging
-from fastrl.checkpoint import save_merged_base, save_model
-from fastrl.export import export
-from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model
+from fastrl.commands.export import export
+from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, merging
+from fastrl.models.saving import save_merged_base, save_model
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 33, 2]])
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastrl import cli
-from fastrl.checkpoint import save_merged_base, save_model
 from fastrl.models import LoRASettings, adapter_base, add_lora, load_policy, load_scalar_model, load_tokenizer
+from fastrl.models.saving import save_merged_base, save_model
 
 DEEP = "[" * 100_000 + "]" * 100_000
 

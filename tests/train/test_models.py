@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from fastrl.checkpoint import last_checkpoint, save_checkpoint, save_merged_base, save_model
-from fastrl.heads import lm_head
+from fastrl.checks import NonFiniteError
 from fastrl.models import (
     LoRASettings,
     add_lora,
@@ -32,9 +31,12 @@ from fastrl.models import (
     start_scalar_model,
     token_scores,
 )
-from fastrl.optim import NonFiniteError, check_finite, make_optimizer, make_schedule, optimizer_step
-from fastrl.probe import check_scalar
-from fastrl.scalars import pad_apart
+from fastrl.models.heads import lm_head
+from fastrl.models.probe import check_scalar
+from fastrl.models.saving import save_merged_base, save_model
+from fastrl.models.score_heads import pad_apart
+from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
+from fastrl.run.optim import check_finite, make_optimizer, make_schedule, optimizer_step
 
 LORA = LoRASettings(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
 PROMPT, RESPONSE = [5, 6, 7, 8], [9, 10, 1]

@@ -12,14 +12,13 @@ import torch
 from torch.optim import SGD
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrl.metrics import PhaseTimer
+from fastrl.checks import NonFiniteError
 from fastrl.models import load_tokenizer, response_logprobs
 from fastrl.ops import PPOStats, ppo_loss
-from fastrl.optim import NonFiniteError
 from fastrl.rollout import Trajectory
-from fastrl.train import ppo, ppo_roles
-from fastrl.train.ppo import PPOConfig, main, sample, shape, update
-from fastrl.train.ppo_batch import (
+from fastrl.run.metrics import PhaseTimer
+from fastrl.train import ppo, roles
+from fastrl.train.experience import (
     Experience,
     by_length,
     map_rows,
@@ -28,7 +27,8 @@ from fastrl.train.ppo_batch import (
     summarise,
     take_rows,
 )
-from fastrl.train.ppo_roles import add_adapters, assess, load_roles
+from fastrl.train.ppo import PPOConfig, main, sample, shape, update
+from fastrl.train.roles import add_adapters, assess, load_roles
 
 EOS, LIKED = 1, slice(130, 259)
 
@@ -166,7 +166,7 @@ def test_alignment_against_sequences_one_by_one(config, tiny_policy, tiny_scalar
 def test_advantages_of_a_hand_computed_row(config):
     """pitfall 6: the score lands on the last kept token, the KL penalty on each, lambda 0 gives one-step errors."""
     cfg = config(kl_coef=0.5, gae_lambda=0.0)
-    assessed = ppo_roles.Assessment(
+    assessed = roles.Assessment(
         scores=torch.tensor([2.0]),
         logprobs=torch.tensor([[-1.0, -2.0, 9.0]]),
         entropy=torch.zeros(1, 3),

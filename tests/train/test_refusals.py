@@ -9,8 +9,8 @@ import transformers
 from families import byte_tokenizer, randomised, tiny_config
 from loops import tiny_run
 
-from fastrl import chat
-from fastrl.export import export
+from fastrl.commands import chat
+from fastrl.commands.export import export
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from loops import LOOPS, reported, tiny_run
 from safetensors.torch import load_file
 
-from fastrl.metrics import MetricsLog
+from fastrl.run.metrics import MetricsLog
 from fastrl.train import ppo
 
 

@@ -13,11 +13,12 @@ import transformers
 from torch.nn.functional import logsigmoid
 
 import fastrl.train.reward as reward
+from fastrl.checks import NonFiniteError
+from fastrl.commands.export import export
 from fastrl.data import load_preferences
-from fastrl.export import export
-from fastrl.losses import ranking_batch, reward_loss
+from fastrl.data.batches import ranking_batch
 from fastrl.models import last_token_scores, load_scalar_model, load_tokenizer
-from fastrl.optim import NonFiniteError
+from fastrl.train.losses import reward_loss
 
 WORDS = ["sun", "moon", "a river", "tea", "wall", "bee"]
 
@@ -243,8 +244,8 @@ def test_plain_transformers_scores_a_batch_as_we_do(config, tiny_policy, tmp_pat
 
 def test_trains_on_from_an_adapter_of_a_policy(config, tiny_policy, tiny_tokenizer, tmp_path):
     """pitfall 33: the reward adapter's base is the merged policy, and both load back."""
-    from fastrl.checkpoint import save_model
     from fastrl.models import LoRASettings, add_lora, load_policy
+    from fastrl.models.saving import save_model
 
     torch.manual_seed(0)
     policy = add_lora(load_policy(tiny_policy), LoRASettings(4, 8, 0.0, "q_proj,v_proj"))

@@ -11,13 +11,8 @@ import torch
 import transformers
 
 from fastrl.models import response_logprobs
-from fastrl.rollout import (
-    Trajectory,
-    decode_responses,
-    find_stop_token_ids,
-    rollout,
-    sample_tokens,
-)
+from fastrl.models.stopping import find_stop_token_ids
+from fastrl.rollout import Trajectory, decode_responses, rollout, sample_tokens
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
 VOCABULARY = 32

@@ -13,10 +13,11 @@ import torch
 import transformers
 
 import fastrl.train.sft as sft
+from fastrl.checks import NonFiniteError
 from fastrl.data import load_examples
-from fastrl.losses import sft_batch, sft_logprobs, sft_loss, supervised_tokens
+from fastrl.data.batches import sft_batch, supervised_tokens
 from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
-from fastrl.optim import NonFiniteError
+from fastrl.train.losses import sft_logprobs, sft_loss
 
 WORDS = ["sun", "moon", "a river", "tea", "stone wall", "bee", "north", "x"]
 

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fastrl import chat
-from fastrl.export import export
-from fastrl.templates import recorded_template
+from fastrl.commands import chat
+from fastrl.commands.export import export
+from fastrl.data.templates import recorded_template
 from fastrl.train import ppo, reward, sft
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": 1}  # and no do_sample

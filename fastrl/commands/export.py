@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from fastrl.checkpoint import save_model
 from fastrl.folders import read_config
 from fastrl.models import adapter_base, is_adapter, load_policy, load_scalar_model, load_tokenizer
-from fastrl.output import model_folders
-from fastrl.scalars import claims_score_head
-from fastrl.weights import check_sizes
+from fastrl.models.saving import save_model
+from fastrl.models.score_heads import claims_score_head
+from fastrl.models.weights import check_sizes
+from fastrl.run.output import model_folders
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

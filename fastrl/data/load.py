@@ -6,21 +6,18 @@ is bad, empty or too long is dropped and counted, and too many bad ones are an e
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
-from fastrl import formats, pairs
-from fastrl.bad_records import Dropped
-from fastrl.columns import read_columns, rename
-from fastrl.messages import Message
-from fastrl.rendering import Rendered, render_asked, render_conversation, tokenize
-from fastrl.sources import Record, Source, read_records, source_name
-from fastrl.templates import Template, encode, join_input, read_template
+from fastrl.data import formats, pairs
+from fastrl.data.bad_records import Dropped
+from fastrl.data.columns import read_columns, rename
+from fastrl.data.messages import Message
+from fastrl.data.rendering import Rendered, render_asked, render_conversation, tokenize
+from fastrl.data.sources import Record, Source, read_records, source_name
+from fastrl.data.templates import Template, encode, join_input, read_template
 
 Columns = str | Mapping[str, str] | None
 Item = TypeVar("Item")
@@ -89,11 +86,11 @@ def load_examples(
     the history of a prompt + completion record, and turns marked `weight: 0` or `train: false`, are no targets.
 
     Args:
-        source: anything `fastrl.sources.read_records` reads, in a format of `fastrl.formats`.
+        source: anything `fastrl.data.sources.read_records` reads, in a format of `fastrl.data.formats`.
         tokenizer: a transformers tokenizer with an eos token or a chat template that ends turns.
         max_length: tokens. A longer example is cut (then it has no end token); one whose first
             prompt leaves no room for a target is dropped.
-        template: `chat`, `alpaca`, `none` (texts as they are), or `auto`: see `fastrl.templates.choose_template`.
+        template: `chat`, `alpaca`, `none` (texts as they are), or `auto`: see `fastrl.data.templates.choose_template`.
         columns: fastrl's names to the data's, as a mapping or as `prompt=question,completion=answer`.
         max_bad_records: share of bad records above which they are an error; ten are always allowed, 0 allows none.
     Raises:
@@ -200,53 +197,6 @@ def load_prompts(
         else:
             items.append(Prompt(input_ids, text))
     return items, _report(source, items, dropped, 0, max_bad_records)
-
-
-def split_holdout(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(train, held_out): a random share of the items set aside, both in their original order.
-
-    `fraction` in [0, 1); above 0 at least one item is held out, and at least one stays.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"holdout fraction must be in [0, 1), got {fraction}")
-    if fraction == 0:
-        return list(items), []
-    if len(items) < 2:
-        raise ValueError(f"cannot hold out a share of {len(items)} items; need at least 2")
-    count = min(max(round(len(items) * fraction), 1), len(items) - 1)
-    held = set(random.Random(seed).sample(range(len(items)), count))
-    train = [item for index, item in enumerate(items) if index not in held]
-    return train, [items[index] for index in sorted(held)]
-
-
-def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Batches of the indices 0..count-1 in an order fixed by (seed, epoch); the last may be short."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    for start in range(0, count, batch_size):
-        yield order[start : start + batch_size]
-
-
-def pad(sequences: Sequence[Sequence[int]], pad_value: int, *, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences as one tensor: (B, T) int64 and the (B, T) bool mask of what is no padding.
-
-    `side` is `left` (for sampling) or `right`. The mask comes from the lengths, never from
-    `pad_value`, which may equal a real token such as eos.
-    """
-    if side not in ("left", "right"):
-        raise ValueError(f"side must be 'left' or 'right', got '{side}'")
-    width = max((len(sequence) for sequence in sequences), default=0)
-    tokens = torch.full((len(sequences), width), pad_value, dtype=torch.int64)
-    mask = torch.zeros((len(sequences), width), dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        if not len(sequence):
-            continue
-        part = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
-        tokens[row, part] = torch.as_tensor(sequence, dtype=torch.int64)
-        mask[row, part] = True
-    return tokens, mask
 
 
 def _records(source: Source, columns: Columns, dropped: Dropped) -> Iterator[tuple[str, Record]]:

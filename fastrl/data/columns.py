@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from fastrl.bad_records import BadRecord
+from fastrl.data.bad_records import BadRecord
 
 NAMES = (
     *("messages", "prompt", "completion", "text", "instruction", "input", "output", "system", "history", "tools"),

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastrl.checkpoint import checkpoints
-from fastrl.masters import round_masters, trained
+from fastrl.run.checkpoint import checkpoints
+from fastrl.run.masters import round_masters, trained
 
 STATE_FILE = "training_state.pt"
 FREE = ("resume", "output", "device")  # settings that may differ

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import transformers
 
-from fastrl.export import find_tokenizer
-from fastrl.formats import Message
+from fastrl.commands.export import find_tokenizer
+from fastrl.data.messages import Message
+from fastrl.data.templates import TEMPLATES, encode_prompt
 from fastrl.models import context_length, default_device, load_policy
-from fastrl.rollout import find_stop_token_ids
-from fastrl.templates import TEMPLATES, encode_prompt
-from fastrl.weights import check_sizes
+from fastrl.models.stopping import find_stop_token_ids
+from fastrl.models.weights import check_sizes
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fastrl.bad_records import BadRecord
+from fastrl.data.bad_records import BadRecord
 
 # role, content (text, or null beside tool_calls), what else the record gives the template (tool_calls, name, ...);
 # Alpaca's third slot as `input`; and `train`, whether an assistant's turn is a target.

@@ -6,9 +6,9 @@ import math
 import os.path
 from typing import Any, NamedTuple
 
-from fastrl.bad_records import BadRecord, Unusable
-from fastrl.messages import Message, assistant, holds_messages, mistyped, read_messages, user
-from fastrl.questions import (
+from fastrl.data.bad_records import BadRecord, Unusable
+from fastrl.data.messages import Message, assistant, holds_messages, mistyped, read_messages, user
+from fastrl.data.questions import (
     ASSISTANT,
     HUMAN,
     check_first,
@@ -21,7 +21,7 @@ from fastrl.questions import (
     tools_of,
     unknown_format,
 )
-from fastrl.sources import Record
+from fastrl.data.sources import Record
 
 PREFERENCE_FORMATS = (
     "prompt + chosen + rejected",

@@ -14,9 +14,9 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fastrl.data.templates import end_token_id
 from fastrl.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json
-from fastrl.templates import end_token_id
-from fastrl.weights import check_config, weight_names
+from fastrl.models.weights import check_config, weight_names
 
 CLASSIFIER = "a model with a sequence classification class, which reward models and critics are"
 

@@ -108,7 +108,7 @@ def measure_lower_isa(args: argparse.Namespace, path: Path) -> list[dict[str, st
     if args.device != "cpu" or args.quick or _C is None or _C.cpu_isa() != "avx512":
         return []
     say("again with AVX2 only:")
-    command = [sys.executable, "-m", "fastrl.bench", "--isa", "avx2", "--csv", str(path), "--op", *args.op]
+    command = [sys.executable, "-m", "fastrl.commands.bench", "--isa", "avx2", "--csv", str(path), "--op", *args.op]
     threads = ["--threads", str(args.threads)] if args.threads else []
     subprocess.run(command + threads, stdout=subprocess.DEVNULL, check=True)
     return [row for row in records.read(path) if row["provider"] == "fastrl cpu avx2" and row["op"] in args.op]

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastrl.heads import base_model, lm_head
 from fastrl.models import final_hidden, response_logprobs, token_scores
-from fastrl.rollout import NO_CACHE, evaluating, next_logits
-from fastrl.weights import check_sizes
+from fastrl.models.decoding import NO_CACHE, evaluating, next_logits
+from fastrl.models.heads import base_model, lm_head
+from fastrl.models.weights import check_sizes
 
 LENGTH, SHORT, STEPS = 12, 6, 3  # tokens of the probe's two rows; decoded steps
 TOLERANCE = 1e-3  # in float32, of the spread (standard deviation) of what is compared

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrl.checkpoint import checkpoints, is_model_file
 from fastrl.folders import ADAPTER_CONFIG, read_json
+from fastrl.model_files import is_model_file
 from fastrl.models import adapter_base, is_adapter
-from fastrl.resume import check_settings, newest_state
+from fastrl.run.checkpoint import checkpoints
+from fastrl.run.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
 SAMPLES = "samples.jsonl"

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from fastrl.bad_records import BadRecord
-from fastrl.messages import Message
-from fastrl.templates import Template, encode, join_input, prompt_text, render, special_texts
+from fastrl.data.bad_records import BadRecord
+from fastrl.data.messages import Message
+from fastrl.data.templates import Template, encode, join_input, prompt_text, render, special_texts
 
 CHUNK = 256  # texts tokenised at once: a tokenizer's own results take a hundred bytes a token
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrl.bad_records import BadRecord
+from fastrl.data.bad_records import BadRecord
+from fastrl.data.messages import Message
 from fastrl.folders import read_json
-from fastrl.messages import Message
 
 TEMPLATES = ("auto", "chat", "alpaca", "none")
 RECORD = "fastrl_template"  # key of tokenizer_config.json

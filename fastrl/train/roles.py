@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.checkpoint import save_merged_base
-from fastrl.metrics import PhaseTimer
 from fastrl.models import (
     LoRASettings,
     add_lora,
@@ -21,9 +19,11 @@ from fastrl.models import (
     load_scalar_model,
     load_tokenizer,
 )
-from fastrl.probe import check_policy, check_scalar
+from fastrl.models.probe import check_policy, check_scalar
+from fastrl.models.saving import save_merged_base
 from fastrl.rollout import Trajectory
-from fastrl.train.ppo_batch import response_scores, response_values, sampled_logprobs
+from fastrl.run.metrics import PhaseTimer
+from fastrl.train.experience import response_scores, response_values, sampled_logprobs
 
 if TYPE_CHECKING:
     from fastrl.train.ppo import PPOConfig

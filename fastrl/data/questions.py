@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fastrl.bad_records import BadRecord
-from fastrl.columns import QUESTIONS, find_column
-from fastrl.messages import Message, assistant, holds_messages, mistyped, parse_json, read_messages, user
-from fastrl.sources import Record
+from fastrl.data.bad_records import BadRecord
+from fastrl.data.columns import QUESTIONS, find_column
+from fastrl.data.messages import Message, assistant, holds_messages, mistyped, parse_json, read_messages, user
+from fastrl.data.sources import Record
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 UNREAD = ("images", "videos", "audios", "chat_template_kwargs")  # columns that would change what is trained

@@ -10,8 +10,8 @@ Preferences        (`prompt` +) `chosen` + `rejected`, optional `margin`
 Prompts            `prompt` | `messages` | any of the above, of which the prompt is taken
 
 Besides: `system`, `history` (pairs of question and answer) and `tools`. A prompt, completion, chosen or rejected is a
-string or a list of messages (`fastrl.messages`). The prompt of a pair may be implicit: the messages both sides share,
-or, for HH-RLHF transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), the shared text up to the last
+string or a list of messages (`fastrl.data.messages`). The prompt of a pair may be implicit: the messages both sides
+share, or, for HH-RLHF transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), the shared text up to the last
 "\\n\\nAssistant:"; one that both sides repeat is taken off them. `raw` (template none) leaves every text as it is.
 """
 
@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastrl.bad_records import BadRecord, Unusable
-from fastrl.columns import ANSWERS, find_column
-from fastrl.messages import Message, assistant, holds_messages, read_messages
-from fastrl.pairs import pair_of
-from fastrl.questions import (
+from fastrl.data.bad_records import BadRecord, Unusable
+from fastrl.data.columns import ANSWERS, find_column
+from fastrl.data.messages import Message, assistant, holds_messages, read_messages
+from fastrl.data.pairs import pair_of
+from fastrl.data.questions import (
     CONVERSATIONS,
     check_first,
     check_paired,
@@ -36,7 +36,7 @@ from fastrl.questions import (
     unknown_format,
     with_system,
 )
-from fastrl.sources import Record
+from fastrl.data.sources import Record
 
 INSTRUCTION_FORMATS = (
     "messages",

@@ -11,7 +11,7 @@ import transformers
 from safetensors import safe_open
 
 from fastrl.folders import read_json
-from fastrl.heads import base_model
+from fastrl.models.heads import base_model
 
 SHOWN = 4  # names of weights in one message
 LAYER = re.compile(r"\.(\d+)\.")

@@ -10,17 +10,14 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastrl.masters import add_masters, round_masters, trained
+from fastrl.checks import NonFiniteError
+from fastrl.run.masters import add_masters, round_masters, trained
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or weight is NaN or infinite; nothing was updated or written."""
 
 
 def make_optimizer(

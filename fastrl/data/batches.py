@@ -1,0 +1,109 @@
+"""Items in batches: held-out shares, shuffled order, padding, micro-batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastrl.data.load import Example, Preference
+
+Item = TypeVar("Item")
+
+
+def split_holdout(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(train, held_out): a random share of the items set aside, both in their original order.
+
+    `fraction` in [0, 1); above 0 at least one item is held out, and at least one stays.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"holdout fraction must be in [0, 1), got {fraction}")
+    if fraction == 0:
+        return list(items), []
+    if len(items) < 2:
+        raise ValueError(f"cannot hold out a share of {len(items)} items; need at least 2")
+    count = min(max(round(len(items) * fraction), 1), len(items) - 1)
+    held = set(random.Random(seed).sample(range(len(items)), count))
+    train = [item for index, item in enumerate(items) if index not in held]
+    return train, [items[index] for index in sorted(held)]
+
+
+def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Batches of the indices 0..count-1 in an order fixed by (seed, epoch); the last may be short."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    order = list(range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    for start in range(0, count, batch_size):
+        yield order[start : start + batch_size]
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_value: int, *, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences as one tensor: (B, T) int64 and the (B, T) bool mask of what is no padding.
+
+    `side` is `left` (for sampling) or `right`. The mask comes from the lengths, never from
+    `pad_value`, which may equal a real token such as eos.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', got '{side}'")
+    width = max((len(sequence) for sequence in sequences), default=0)
+    tokens = torch.full((len(sequences), width), pad_value, dtype=torch.int64)
+    mask = torch.zeros((len(sequences), width), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        if not len(sequence):
+            continue
+        part = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        tokens[row, part] = torch.as_tensor(sequence, dtype=torch.int64)
+        mask[row, part] = True
+    return tokens, mask
+
+
+class SFTBatch(NamedTuple):
+    """Right-padded sequences; `loss_mask[b, t]` says that token t is a target that counts."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) bool
+    loss_mask: Tensor  # (B, T) bool
+
+
+class RankingBatch(NamedTuple):
+    """Prompt + response sequences, right-padded; all responses of a prompt share its group id."""
+
+    input_ids: Tensor  # (N, T)
+    attention_mask: Tensor  # (N, T) bool
+    group_ids: Tensor  # (N,)
+    ranks: Tensor  # (N,) lower is better
+    margins: Tensor  # (N,) margin of the row's prompt
+
+
+def sft_batch(examples: Sequence[Example], pad_id: int, device: str | torch.device = "cpu") -> SFTBatch:
+    """Pad examples into one batch."""
+    input_ids, attention_mask = pad([e.input_ids for e in examples], pad_id, side="right")
+    loss_mask, _ = pad([[int(m) for m in e.loss_mask] for e in examples], 0, side="right")
+    return SFTBatch(input_ids.to(device), attention_mask.to(device), loss_mask.bool().to(device))
+
+
+def ranking_batch(preferences: Sequence[Preference], pad_id: int, device: str | torch.device = "cpu") -> RankingBatch:
+    """Every response of every prompt as one row."""
+    rows = [[*p.prompt_ids, *response] for p in preferences for response in p.responses]
+    input_ids, attention_mask = pad(rows, pad_id, side="right")
+    counts = torch.tensor([len(p.responses) for p in preferences])
+    group_ids = torch.arange(len(preferences)).repeat_interleave(counts)
+    ranks = torch.tensor([rank for p in preferences for rank in p.ranks])
+    margins = torch.tensor([p.margin for p in preferences], dtype=torch.float32)[group_ids]
+    return RankingBatch(*(x.to(device) for x in (input_ids, attention_mask, group_ids, ranks, margins)))
+
+
+def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive slices of at most `size` items."""
+    if size < 1:
+        raise ValueError(f"micro_batch_size: expected at least 1, got {size}")
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def supervised_tokens(examples: Sequence[Example]) -> int:
+    """Number of targets: kept tokens other than the first, which nothing predicts."""
+    return sum(sum(e.loss_mask[1:]) for e in examples)

@@ -1,0 +1,1 @@
+"""Runs, apart from what they learn: settings, folder, log, optimizer, checkpoints, resume."""
