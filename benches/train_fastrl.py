@@ -73,9 +73,8 @@ def fixed_trajectory(prompts: list[list[int]], responses: list[list[int]]) -> Tr
 def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
     """Seconds per optimizer step, as in fastrl.train.sft."""
     settings, prompts, responses = read(folder)
-    model = load_policy(folder / "policy", dtype=settings.dtype, device=settings.device)
-    if rank:
-        model = add_lora(model, LoRASettings(rank, 2 * rank))
+    base = load_policy(folder / "policy", dtype=settings.dtype, device=settings.device)
+    model = add_lora(base, LoRASettings(rank, 2 * rank)) if rank else base
     model.train()
     optimizer = make_optimizer(model, learning_rate=settings.learning_rate)
     examples = [Example(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(prompts, responses, strict=True)]
