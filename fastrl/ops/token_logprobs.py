@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_flag, check_float, check_ids, check_mask, check_range, debugging
-from fastrl.ops import backend as native
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import (
+from fastrl.ops.backend import choose
+from fastrl.ops.logit_options import check_logit_options, without_scale
+from fastrl.ops.native import (
     _C,
     DTYPE_CODES,
-    address,
-    choose,
+    cuda_workspace,
     empty_large,
     launch_cuda,
     native_op,
-    rows,
-    team,
+    row_layout,
+    threads_for,
     triton_kernel,
     with_simple_rows,
 )
-from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -133,49 +132,35 @@ class _TokenLogprobs(torch.autograd.Function):
                 dlogprobs = torch.zeros_like(logprobs)
             dlogits = empty_large(logits.shape, like=logits)
             _backward(
-                backend, logits, token_ids, mask, row_stats, logprobs, entropy,
-                dlogprobs.contiguous(), dentropy.contiguous() if with_entropy else None,
-                temperature, softcap, dlogits,
+                backend, logits, token_ids, mask, temperature, softcap, row_stats, logprobs, entropy,
+                dlogprobs.contiguous(), dentropy.contiguous() if with_entropy else None, dlogits,
             )  # fmt: skip
         return dlogits, None, None, None, None, None, None
 
 
-def _forward_cpu(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
-    _C.token_logprobs_fwd(
-        rows(logits), address(token_ids), address(mask), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
-        team(logits.numel()),
-    )  # fmt: skip
+def _forward_cpu(logits, *rest):
+    _C.token_logprobs_fwd(*_native_arguments(logits, *rest), threads_for(logits.numel()))
 
 
-def _backward_cpu(
-    logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits
-):
-    _C.token_logprobs_bwd(
-        rows(logits), address(token_ids), address(mask), address(row_stats), address(logprobs), address(entropy),
-        address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, rows(dlogits), team(logits.numel()),
-    )  # fmt: skip
+def _backward_cpu(logits, *rest):
+    *rest, dlogits = _native_arguments(logits, *rest)
+    _C.token_logprobs_bwd(*rest, row_layout(dlogits), threads_for(logits.numel()))
 
 
-def _forward_cuda(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
-    count, vocab = token_ids.numel(), logits.shape[-1]
-    size = native.cuda.token_logprobs_workspace(count, vocab, DTYPE_CODES[logits.dtype])
-    workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
-    launch_cuda(
-        "token_logprobs_fwd", logits, rows(logits), address(token_ids), address(mask), count, vocab,
-        1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy), address(workspace),
-    )  # fmt: skip
+def _forward_cuda(logits, token_ids, *rest):
+    sizes = (token_ids.numel(), logits.shape[-1], DTYPE_CODES[logits.dtype])
+    workspace = cuda_workspace("token_logprobs", *sizes, like=logits, dtype=torch.uint8)
+    launch_cuda("token_logprobs_fwd", logits, *_native_arguments(logits, token_ids, *rest), workspace)
 
 
-def _backward_cuda(
-    logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits
-):
-    launch_cuda(
-        "token_logprobs_bwd", logits, rows(logits), address(token_ids), address(mask), address(row_stats),
-        address(logprobs), address(entropy), address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, rows(dlogits),
-    )  # fmt: skip
+def _backward_cuda(logits, *rest):
+    *rest, dlogits = _native_arguments(logits, *rest)
+    launch_cuda("token_logprobs_bwd", logits, *rest, row_layout(dlogits))
+
+
+def _native_arguments(logits, token_ids, mask, temperature, *rest):
+    """With sizes in front, rows where they begin, and the inverse of the temperature."""
+    return token_ids.numel(), logits.shape[-1], row_layout(logits), token_ids, mask, 1.0 / temperature, *rest
 
 
 _forward = native_op(
@@ -186,7 +171,7 @@ _forward = native_op(
 )
 _backward = native_op(
     "token_logprobs_bwd",
-    "Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_stats, Tensor logprobs, Tensor entropy, "
-    "Tensor dlogprobs, Tensor? dentropy, float temperature, float softcap, Tensor(a!) dlogits",
+    "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, Tensor row_stats, "
+    "Tensor logprobs, Tensor entropy, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dlogits",
     {"cpu": _backward_cpu, "cuda": _backward_cuda, "triton": triton_kernel(OP, "backward")},
 )
