@@ -93,7 +93,7 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(
             hidden, weight, bias, lora_a, lora_b, labels, keep, upstream.detach(), options, backend
         )
-    logprobs, _ = head_logprobs(hidden, weight, bias, lora, labels, keep, temperature, softcap, False, backend)
+    logprobs = head_logprobs(hidden, weight, bias, lora, labels, keep, temperature, softcap, False, backend)
     return -logprobs.sum() / denominator
 
 

@@ -84,10 +84,8 @@ def autocast(
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
 
 
-def head_logprobs(
-    hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, backend
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs, entropies) by a native backend, of arguments that are checked; no entropies if not asked for."""
+def head_logprobs(hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, backend):
+    """Log-probs, or (log-probs, entropies), by a native backend, of arguments that are checked."""
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     needs_direction = torch.is_grad_enabled() and (
         hidden.requires_grad or (lora_a is not None and lora_a.requires_grad)
@@ -110,12 +108,12 @@ class _HeadLogprobs(torch.autograd.Function):
         count, width = rows.shape[0], rows.shape[1] + (0 if lora_a is None else len(lora_a))
         logprobs = hidden.new_empty(shape, dtype=torch.float32)
         row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
-        entropy = hidden.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
+        entropy = hidden.new_empty(shape, dtype=torch.float32) if return_entropy else None
         direction = hidden.new_empty((count, width)) if needs_direction else None
         entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
         head_forward(
             backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
-            logprobs.view(-1), row_stats, entropy.view(-1) if return_entropy else None, direction, entropy_direction,
+            logprobs.view(-1), row_stats, None if entropy is None else entropy.view(-1), direction, entropy_direction,
             None, None, None, None,
         )  # fmt: skip
         # Copies, as the caller may change the outputs in place; the gradient of hidden alone needs none.
@@ -123,21 +121,19 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, lora_a, lora_b, token_ids, mask, row_stats,
             logprobs.reshape(-1).clone() if needs_outputs else None,
-            entropy.reshape(-1).clone() if needs_outputs and return_entropy else None,
+            entropy.reshape(-1).clone() if needs_outputs and entropy is not None else None,
             direction, entropy_direction,
         )  # fmt: skip
-        ctx.options, ctx.return_entropy, ctx.backend = options, return_entropy, backend
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return logprobs if entropy is None else (logprobs, entropy)
 
     @staticmethod
     @differentiable_once("linear_logprobs")
-    def backward(ctx, dlogprobs, dentropy):
+    def backward(ctx, dlogprobs, dentropy=None):
         hidden, weight, bias, lora_a, lora_b, token_ids, mask, *results = ctx.saved_tensors
         row_stats, logprobs, entropy, direction, entropy_direction = results
         need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
-        if not ctx.return_entropy:
-            dentropy = None
         if dlogprobs is None and dentropy is None:
             return (None,) * 11
         dlogprobs = row_stats.new_zeros(len(row_stats)) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()

@@ -75,8 +75,7 @@ def linear_logprobs(
         return reference.linear_logprobs(
             hidden, weight, token_ids, bias, lora, mask, temperature, logit_scale, softcap or 0.0, return_entropy
         )
-    logprobs, entropy = head_logprobs(
+    return head_logprobs(
         hidden, weight, bias, lora, token_ids, mask, *without_scale(temperature, logit_scale, softcap), return_entropy,
         backend,
     )  # fmt: skip
-    return (logprobs, entropy) if return_entropy else logprobs

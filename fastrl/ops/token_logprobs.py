@@ -76,16 +76,14 @@ def token_logprobs(
         )
     if backend != "cpu" and debugging():
         check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
-    run = _TokenLogprobs.apply if torch.is_grad_enabled() and logits.requires_grad else _evaluate
-    logprobs, entropy, *_ = run(
-        with_simple_rows(logits),
-        token_ids.long().contiguous(),
-        None if mask is None else mask.contiguous(),
-        *without_scale(temperature, logit_scale, softcap),
-        return_entropy,
-        backend,
-    )
-    return (logprobs, entropy) if return_entropy else logprobs
+    arguments = (
+        with_simple_rows(logits), token_ids.long().contiguous(), None if mask is None else mask.contiguous(),
+        *without_scale(temperature, logit_scale, softcap), return_entropy, backend,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _TokenLogprobs.apply(*arguments)
+    logprobs, entropy, _ = _evaluate(*arguments)
+    return logprobs if entropy is None else (logprobs, entropy)
 
 
 def _check(logits, token_ids, mask):
@@ -97,15 +95,12 @@ def _check(logits, token_ids, mask):
 
 
 def _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend):
-    """(logprobs, entropy, row_stats); entropy has no elements if it is not asked for."""
+    """(logprobs, entropy, row_stats); entropy is None if it is not asked for."""
     shape = logits.shape[:-1]
     logprobs = logits.new_empty(shape, dtype=torch.float32)
     row_stats = logits.new_empty((*shape, 2), dtype=torch.float32)
-    entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
-    _forward(
-        backend, logits, token_ids, mask, temperature, softcap,
-        logprobs, row_stats, entropy if return_entropy else None,
-    )  # fmt: skip
+    entropy = logits.new_empty(shape, dtype=torch.float32) if return_entropy else None
+    _forward(backend, logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy)
     return logprobs, entropy, row_stats
 
 
@@ -114,26 +109,25 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, backend):
         logprobs, entropy, row_stats = _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend)
         # Copies, as the caller may change the outputs in place.
-        kept_entropy = entropy.clone() if return_entropy else entropy
+        kept_entropy = None if entropy is None else entropy.clone()
         ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs.clone(), kept_entropy)
-        ctx.options = (temperature, softcap, return_entropy, backend)
+        ctx.options = (temperature, softcap, backend)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return logprobs if entropy is None else (logprobs, entropy)
 
     @staticmethod
     @differentiable_once(OP)
-    def backward(ctx, dlogprobs, dentropy):
+    def backward(ctx, dlogprobs, dentropy=None):
         logits, token_ids, mask, row_stats, logprobs, entropy = ctx.saved_tensors
-        temperature, softcap, return_entropy, backend = ctx.options
+        temperature, softcap, backend = ctx.options
         dlogits = None
         if ctx.needs_input_grad[0] and not (dlogprobs is None and dentropy is None):
-            with_entropy = return_entropy and dentropy is not None
             if dlogprobs is None:
                 dlogprobs = torch.zeros_like(logprobs)
             dlogits = empty_large(logits.shape, like=logits)
             _backward(
                 backend, logits, token_ids, mask, temperature, softcap, row_stats, logprobs, entropy,
-                dlogprobs.contiguous(), dentropy.contiguous() if with_entropy else None, dlogits,
+                dlogprobs.contiguous(), None if dentropy is None else dentropy.contiguous(), dlogits,
             )  # fmt: skip
         return dlogits, None, None, None, None, None, None
 
@@ -172,6 +166,6 @@ _forward = native_op(
 _backward = native_op(
     "token_logprobs_bwd",
     "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, Tensor row_stats, "
-    "Tensor logprobs, Tensor entropy, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dlogits",
+    "Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dlogits",
     {"cpu": _backward_cpu, "cuda": _backward_cuda, "triton": triton_kernel(OP, "backward")},
 )
