@@ -125,7 +125,8 @@ def with_simple_rows(tensor: torch.Tensor) -> torch.Tensor:
 def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
     """(inner, outer_stride, inner_stride) of the leading dimensions; None if they need more than two."""
     if tensor.ndim == 2:
-        return (len(tensor), 0, tensor.stride(0)) if len(tensor) > 1 else (1, 0, 0)
+        count = tensor.shape[0]
+        return (count, 0, tensor.stride(0)) if count > 1 else (1, 0, 0)
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first
     for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size == 1:
