@@ -12,19 +12,13 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastrl.ops import LoRAHead
+
 # Fields of configs: the logits are multiplied by those of the first tuple and divided by those of the second.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)  # model types that use Granite's name the other way round
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-
-
-class LoRAHead(NamedTuple):
-    """Adapter on the output head: logits += (hidden @ lora_a.T) @ lora_b.T * scaling."""
-
-    lora_a: Tensor  # (r, H)
-    lora_b: Tensor  # (V, r)
-    scaling: float
 
 
 class Head(NamedTuple):
