@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import stub
+from once import once
 
 from fastrl.ops import backend
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 OPS = list(backend.NATIVE_BACKENDS)
 HAS_NVCC = any(shutil.which(path) for path in ("nvcc", "/usr/local/cuda/bin/nvcc"))
 CUDA_BUILD = {"FASTRL_CUDA": "on" if HAS_NVCC else "off", "FASTRL_CUDA_ARCHITECTURES": "80-real"}
+UNTRACKED = shutil.ignore_patterns(".git", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -40,21 +42,23 @@ def python(code, **options):
 def source_tree(tmp_path_factory):
     """A copy of the tracked files, so that builds leave nothing in the checkout."""
     tree = tmp_path_factory.mktemp("source") / "fastrl-kernels"
-    ignore = shutil.ignore_patterns(".git", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=UNTRACKED)
     return tree
 
 
 @pytest.fixture(scope="module")
-def wheel(source_tree):
+def wheel(source_tree, tmp_path_factory):
     """A wheel made from an sdist, as a packager would; with the CUDA kernels, for one GPU, where there is nvcc."""
-    build = [sys.executable, "-m", "build", "--no-isolation"]
-    run(*build, "--sdist", "-o", "dist", cwd=source_tree)
-    (sdist,) = (source_tree / "dist").glob("*.tar.gz")
-    shutil.unpack_archive(sdist, source_tree / "unpacked")
-    (unpacked,) = (source_tree / "unpacked").iterdir()
-    run(*build, "--wheel", "-o", source_tree / "dist", cwd=unpacked, env=CUDA_BUILD)
-    (wheel,) = (source_tree / "dist").glob("*.whl")
+
+    def make(folder):
+        build = [sys.executable, "-m", "build", "--no-isolation"]
+        run(*build, "--sdist", "-o", folder, cwd=source_tree)
+        (sdist,) = folder.glob("*.tar.gz")
+        shutil.unpack_archive(sdist, folder / "unpacked")
+        (unpacked,) = (folder / "unpacked").iterdir()
+        run(*build, "--wheel", "-o", folder, cwd=unpacked, env=CUDA_BUILD)
+
+    (wheel,) = once(tmp_path_factory, "wheel", make).glob("*.whl")
     return wheel
 
 
@@ -220,15 +224,34 @@ def test_stub_matches_the_module():
     assert found == declared
 
 
+# Everything of an op that is a file of its own; CONTRIBUTING.md says what goes into each.
+FILES = (
+    "fastrl/ops/{op}.py",
+    "fastrl/reference/{op}.py",
+    "csrc/cpu/{kernel}.cpp",
+    "csrc/cuda/{kernel}.cu",
+    "kernels/{kernel}.py",
+    "tests/ops/test_{op}.py",
+    "tests/gpu/test_{op}.py",
+    "benches/bench_{op}.py",
+)
+LISTS = ("README.md", "tests/conformance/calls.py")  # that name every op
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_found_by_its_name(op):
-    """Parallel names: interface, reference, test; groups and heads live with the op that they extend."""
-    stem = {"lora_linear_group": "lora_linear"}.get(op, op)
-    for place in (f"fastrl/ops/{stem}.py", f"fastrl/reference/{stem}.py", f"tests/ops/test_{stem}.py"):
-        assert (ROOT / place).is_file(), place
+    """Parallel names; groups live with the op that they extend, both heads share their kernels."""
     import fastrl.ops
 
     assert op in fastrl.ops.__all__ and "backend" in getattr(fastrl.ops, op).__kwdefaults__
+    stem = {"lora_linear_group": "lora_linear"}.get(op, op)
+    kernel = {"linear_logprobs": "linear_head", "linear_cross_entropy": "linear_head"}.get(stem, stem)
+    for place in FILES:
+        path = place.format(op=stem, kernel=kernel)
+        assert (ROOT / path).is_file(), path
+        assert path.startswith("tests/") or place in (ROOT / "CONTRIBUTING.md").read_text(), f"CONTRIBUTING.md: {place}"
+    for path in LISTS:
+        assert stem in (ROOT / path).read_text(), path
 
 
 def test_pickle_and_remote_code_are_not_used():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu import every_op
 from gpus import HAS_GPU
+from once import once
 
 from fastrl.ops import backend, native
 
@@ -17,8 +18,11 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernels run ther
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
-    folder, here = tmp_path_factory.mktemp("faults"), host_cuda.MACHINE
-    return host_cuda.build("host_cuda_faults", folder, [here / "faults.cu"], [here / "faults_module.cpp"])
+    def build(folder):
+        here = host_cuda.MACHINE
+        host_cuda.build(folder, [here / "faults.cu"], [here / "faults_module.cpp"])
+
+    return host_cuda.load(once(tmp_path_factory, "host_cuda_faults", build))
 
 
 FAULTS = [  # kernel, argument without the fault, with it, blocks, what is reported

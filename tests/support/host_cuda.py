@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 MACHINE = ROOT / "tests/gpu/host_cuda"
+MODULE = "module.so"
 
 FLAGS = [
     "-std=c++17",
@@ -28,15 +29,14 @@ FLAGS = [
 CHECKS = ["-fsanitize=thread", "-fsanitize=alignment"]  # instrumentation alone: checks.cpp is the runtime
 
 
-def build_kernels(folder: Path):
-    """fastrl._C.cuda."""
+def build_kernels(folder: Path) -> None:
+    """fastrl._C.cuda, to be loaded."""
     kernels = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if p.name != "device.cu"]
-    return build("host_cuda_kernels", folder, kernels, [ROOT / "csrc/cuda/bindings.cpp", MACHINE / "module.cpp"])
+    build(folder, kernels, [ROOT / "csrc/cuda/bindings.cpp", MACHINE / "module.cpp"])
 
 
-def build(name: str, folder: Path, kernels: list[Path], plain: list[Path]):
-    """The module `name` from kernels, which get checks, and plain sources; built in `folder` and imported."""
-    path = folder / f"{name}.so"
+def build(folder: Path, kernels: list[Path], plain: list[Path]) -> None:
+    """A module in `folder` from kernels, which get checks, and plain sources."""
     includes = [ROOT / "csrc", MACHINE, pybind11.get_include(), sysconfig.get_paths()["include"]]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *(f"-I{p}" for p in includes)]
     jobs = []
@@ -47,7 +47,12 @@ def build(name: str, folder: Path, kernels: list[Path], plain: list[Path]):
         jobs.append((output, subprocess.Popen(compile_one)))
     for output, job in jobs:
         assert job.wait() == 0, f"compiling {output.stem} for the host failed"
-    subprocess.run([command[0], "-shared", *(str(o) for o, _ in jobs), "-o", str(path)], check=True)
+    subprocess.run([command[0], "-shared", *(str(o) for o, _ in jobs), "-o", str(folder / MODULE)], check=True)
+
+
+def load(folder: Path):
+    """The module built in `folder`, which is called like it."""
+    name, path = folder.name, folder / MODULE
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
