@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import peft
-import torch
 import transformers
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ class Full:
 
     def __init__(self, model: Any, keep_loaded: bool = False) -> None:
         self.model = model
-        self._others = [p.detach().clone() for p in self._trained()] if keep_loaded else None
+        self._others = [p.detach().clone() for p in self._trained()] if keep_loaded else []
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return final_hidden(self.model, input_ids, attention_mask)
@@ -76,15 +75,12 @@ class Full:
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    @torch.no_grad()
     def _exchange(self) -> None:
-        """In place, so that a graph that still needs the weights raises, and whatever holds them stays valid."""
-        if self._others is None:
+        """The parameters, which optimizers and hooks hold, stay; what they point at is exchanged: nothing is copied."""
+        if not self._others:
             raise RuntimeError("off: full fine-tuning keeps no copy of the loaded weights; tune with keep_loaded=True")
-        for parameter, other in zip(self._trained(), self._others, strict=True):
-            weights = parameter.clone()
-            parameter.copy_(other)
-            other.copy_(weights)
+        for i, parameter in enumerate(self._trained()):
+            parameter.data, self._others[i] = self._others[i], parameter.data
 
 
 class Adapter:
