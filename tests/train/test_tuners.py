@@ -4,11 +4,16 @@ reach."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from loops import LOOPS, tiny_run
 
+from fastrl.data import Preference
+from fastrl.data.batches import SFTBatch, ranking_batch
 from fastrl.models import (
     TUNERS,
     Policy,
@@ -23,6 +28,9 @@ from fastrl.models import (
     token_scores,
     tune,
 )
+from fastrl.rollout import Trajectory
+from fastrl.train import experience
+from fastrl.train.losses import reward_loss, sft_logprobs, sft_loss
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 9, 10, 1], [11, 12, 13, 14, 15, 16, 1, 0]])
 ATTENDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]]).bool()
@@ -48,9 +56,13 @@ KINDS = {"policy": (Policy, load_policy, logprobs), "scorer": (Scorer, load_scal
 
 @pytest.fixture(params=KINDS)
 def kind(request, tiny_policy, tiny_scalar):
-    """(Policy or Scorer, the loaded model, its outputs)"""
+    """(Policy or Scorer, the loaded model, its outputs)
+
+    The model is a copy because the bits of a product may depend on how its tensors are aligned, which those that are
+    mapped from a file are not.
+    """
     module, load, outputs = KINDS[request.param]
-    return module, load(tiny_policy if request.param == "policy" else tiny_scalar), outputs
+    return module, copy.deepcopy(load(tiny_policy if request.param == "policy" else tiny_scalar)), outputs
 
 
 def trained(module):
@@ -121,10 +133,7 @@ def test_a_copy_of_a_tuned_module_is_on_its_own(kind, name):
     copied = copy.deepcopy(tuned)
     train(tuned, outputs)
     with torch.no_grad(), tuned.tuner.off():
-        for loaded, same in zip(outputs(copied), outputs(tuned), strict=True):
-            torch.testing.assert_close(
-                loaded, same
-            )  # not the same bits: a product may depend on its tensors' addresses
+        assert all(map(torch.equal, outputs(copied), outputs(tuned)))
     assert copied.tuner.model is copied.model is not tuned.model
 
 
@@ -200,3 +209,49 @@ def test_a_denominator_gives_the_loss(tiny_policy):
         policy(IDS, ATTENDED, MASK, denominator=3, return_entropy=True)
     with pytest.raises(ValueError, match="at least one prompt token"):
         policy(IDS, ATTENDED, ATTENDED)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_pass_of_a_loop_that_trains_goes_through_forward(tiny_policy, tiny_scalar, tmp_path, monkeypatch, name):
+    """No backbone computes anything with gradients that a module's forward, which wrappers hook, did not ask for."""
+    inside, passes = [False], {True: 0, False: 0}
+    for module in (Policy, Scorer):
+
+        def forward(self, *arguments, original=module.forward, **options):
+            inside[0] = True
+            try:
+                return original(self, *arguments, **options)
+            finally:
+                inside[0] = False
+
+        monkeypatch.setattr(module, "forward", forward)
+    backbone = transformers.LlamaModel.forward
+
+    def watched(self, *arguments, **options):
+        if torch.is_grad_enabled():
+            passes[inside[0]] += 1
+        return backbone(self, *arguments, **options)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", watched)
+    main, cfg = tiny_run(name, tmp_path, tiny_policy, tiny_scalar)
+    changes = {"iterations": 1} if name.startswith("ppo") else {"max_steps": 1}
+    main(dataclasses.replace(cfg, **changes))
+    assert passes[True] > 0 and passes[False] == 0
+
+
+@pytest.mark.parametrize("function", ["sft_loss", "sft_logprobs", "reward_loss", "scores", "logprobs", "values"])
+def test_what_the_loops_compute_is_seen_by_a_wrapper(tiny_policy, tiny_scalar, function):
+    policy = Counted(Policy(tune(load_policy(tiny_policy), settings())))
+    scorer = Counted(Scorer(tune(load_scalar_model(tiny_scalar), settings())))
+    pair = Preference([5, 6], [[7, 1], [8, 9, 1]], [0, 1], 0.0, None)
+    trajectory = Trajectory(IDS, ATTENDED, IDS[:, -3:], MASK, torch.ones(2).bool())
+    calls = {
+        "sft_loss": lambda: sft_loss(policy, SFTBatch(IDS, ATTENDED, ATTENDED), denominator=9),
+        "sft_logprobs": lambda: sft_logprobs(policy, SFTBatch(IDS, ATTENDED, ATTENDED)),
+        "reward_loss": lambda: reward_loss(scorer, ranking_batch([pair], 0)),
+        "scores": lambda: experience.response_scores(scorer, trajectory, 2),
+        "logprobs": lambda: experience.sampled_logprobs(policy, trajectory, 2, 1.0),
+        "values": lambda: experience.response_values(scorer, trajectory, 2),
+    }
+    calls[function]()
+    assert policy.calls + scorer.calls == 1
