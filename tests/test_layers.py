@@ -45,3 +45,13 @@ def test_the_ops_stand_alone():
 def test_the_heads_do_not_import_each_other():
     heads = {"ops.linear_logprobs", "ops.linear_cross_entropy"}
     assert not [pair for pair in imports() if pair[0] in heads and pair[1] in heads]
+
+
+def test_an_integration_is_a_leaf():
+    assert importers("integrations") == set()
+
+
+def test_models_know_nothing_of_runs_loops_or_commands():
+    above = {"integrations", "run", "train", "commands", "rollout", "cli", "demo"}
+    found = {(name, module) for name, module in imports() if name.startswith("models.")}
+    assert not {(name, module) for name, module in found if module.split(".")[0] in above}

@@ -25,10 +25,8 @@ from torch import Tensor
 from fastrl.data import Prompt, load_prompts
 from fastrl.data.split import load_split
 from fastrl.data.templates import check_same_template, record_template
-from fastrl.integrations.peft import merged
 from fastrl.masked import masked_mean
-from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs, usable_device
-from fastrl.models.lora import lora_settings
+from fastrl.models import Policy, check_context, context_length, load_tokenizer, usable_device
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
@@ -52,7 +50,7 @@ from fastrl.train.experience import (
     shuffled_indices,
     summarise,
 )
-from fastrl.train.roles import Roles, add_adapters, load_roles, score_trajectory
+from fastrl.train.roles import Roles, load_roles, score_trajectory, tune_roles
 
 PRINTED_SAMPLES = 3
 
@@ -94,23 +92,24 @@ class PPOConfig(SamplingSettings, TunerSettings, OptimSettings, DataSettings, Ru
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and held-out ones, at most `batch_size`. Too long ones are dropped and counted."""
-    for model in (roles.policy, roles.critic):
+    models = roles.policy.model, roles.critic.model
+    for model in models:
         check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
-    contexts = [context_length(model) or math.inf for model in (roles.policy, roles.critic)]
+    contexts = [context_length(model) or math.inf for model in models]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
     return load_split(load_prompts, cfg, tokenizer, holdout=0.1, most=cfg.batch_size, max_prompt_length=room)
 
 
-def stop_ids(policy: Any, tokenizer: Any, cfg: PPOConfig) -> list[int]:
+def stop_ids(policy: Policy, tokenizer: Any, cfg: PPOConfig) -> list[int]:
     """Ids of the tokens that end a response."""
-    return find_stop_token_ids(tokenizer, policy, [token for token in cfg.stop_tokens.split(",") if token])
+    return find_stop_token_ids(tokenizer, policy.model, [token for token in cfg.stop_tokens.split(",") if token])
 
 
-def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
+def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
     """Responses that depend on the weights, the seed and the number of the iteration alone."""
-    with merged(policy) if cfg.merge_adapter else nullcontext():
+    with policy.tuner.merged() if cfg.merge_adapter else nullcontext():
         return rollout(
-            policy,
+            policy.model,
             tokenizer,
             [prompt.input_ids for prompt in prompts],
             max_new_tokens=cfg.max_new_tokens,
@@ -166,12 +165,8 @@ def update(
         losses, parts = [], []
         for micro in by_length(experience, rows, cfg.micro_batch_size):
             batch = select_rows(experience, micro)
-            logprobs: Any = response_logprobs(
-                roles.policy,
-                batch.input_ids,
-                batch.attention_mask,
-                batch.response_mask,
-                temperature=cfg.temperature,
+            logprobs = roles.policy(
+                batch.input_ids, batch.attention_mask, batch.response_mask, temperature=cfg.temperature
             )
             loss, stats = ppo_loss(
                 logprobs,
@@ -259,13 +254,12 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
     transformers.set_seed(cfg.seed)  # before adapters are drawn
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    lora, device = lora_settings(cfg), usable_device(cfg.device)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=device)
+    device = usable_device(cfg.device)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=device)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
     claim_output(cfg)
-    if lora:
-        roles = add_adapters(roles, tokenizer, cfg.output, lora)
+    roles = tune_roles(roles, cfg, tokenizer, cfg.output)
     order = shuffled_indices(len(prompts), seed=cfg.seed)
     optimizers = [
         make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
@@ -276,7 +270,7 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
         for optimizer in optimizers
     ]
     timer = PhaseTimer(device)
-    run = Run(cfg, [roles.policy, roles.critic], optimizers, schedules)
+    run = Run(cfg, [roles.policy.model, roles.critic.model], optimizers, schedules)
     done = run.start()
     order = islice(order, done * cfg.batch_size, None)
 
@@ -328,11 +322,11 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
                 metrics, texts = evaluate(roles, tokenizer, held_out, cfg, log, iteration)
                 for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
                     log.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
-                folder = save_checkpoint(roles.policy, tokenizer, cfg.output, iteration)
-                save_model(roles.critic, tokenizer, folder / "critic")
+                folder = save_checkpoint(roles.policy.model, tokenizer, cfg.output, iteration)
+                save_model(roles.critic.model, tokenizer, folder / "critic")
                 run.save(folder, iteration)
 
         # 8 save
-        save_model(roles.policy, tokenizer, cfg.output)
-        save_model(roles.critic, tokenizer, Path(cfg.output) / "critic")
+        save_model(roles.policy.model, tokenizer, cfg.output)
+        save_model(roles.critic.model, tokenizer, Path(cfg.output) / "critic")
     return {"iterations": cfg.iterations, "output": cfg.output, **metrics}

@@ -23,15 +23,7 @@ from fastrl.data import Example, load_examples, shuffled_batches
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
-from fastrl.models import (
-    add_lora,
-    base_model,
-    check_context,
-    check_lora,
-    load_policy,
-    load_tokenizer,
-)
-from fastrl.models.lora import lora_settings
+from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer, saves_adapter, tune
 from fastrl.models.probe import check_policy
 from fastrl.models.saving import save_merged_base, save_model
 from fastrl.rollout import decode_responses, rollout
@@ -83,7 +75,7 @@ def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_
 def report_held_out(
     log: MetricsLog,
     step: int,
-    model: Any,
+    policy: Policy,
     tokenizer: Any,
     held_out: Sequence[Example],
     cfg: SFTConfig,
@@ -91,10 +83,10 @@ def report_held_out(
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
-    metrics = evaluate(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     check_finite(metrics["eval_loss"], step, last_checkpoint(cfg.output))
     log.write(step, "eval", **metrics)
-    for text in sample_answers(model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
+    for text in sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
         log.print(text)
     return metrics
 
@@ -119,46 +111,42 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
     check_context(model, cfg.max_length, "max_length")
     if cfg.samples > 0:
         check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
-    lora = lora_settings(cfg)
-    if lora:
-        check_lora(model, lora)
+    check_tuner(model, cfg)
 
     # 3 data
     train, held_out = load_split(load_examples, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
-    # 4 adapters, optimizer and schedule; the folder is this run's once nothing can be refused
+    # 4 tuner, optimizer and schedule; the folder is this run's once nothing can be refused
     total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
     claim_output(cfg)
-    if lora:
+    if saves_adapter(cfg):
         save_merged_base(model, tokenizer, cfg.output)
-        model = add_lora(model, lora)
-    if cfg.gradient_checkpointing:
-        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
+    policy = Policy(tune(model, cfg))
+    optimizer = make_optimizer(policy, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
     schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
     batches = chain.from_iterable(
         shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
     )
 
-    run = Run(cfg, [model], [optimizer], [schedule])
+    run = Run(cfg, [policy.model], [optimizer], [schedule])
     done = run.start()
 
     with MetricsLog(cfg.output, total=total, title="sft", done=done) as log:
         if done == 0:
-            report_held_out(log, 0, model, tokenizer, held_out, cfg)
+            report_held_out(log, 0, policy, tokenizer, held_out, cfg)
         for step, indices in islice(zip(range(1, total + 1), batches, strict=False), done, None):
             start = time.perf_counter()
             torch.manual_seed(step_seed(cfg.seed, step))  # a step's dropout depends on no earlier step
-            model.train()
+            policy.train()
 
             # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
             examples = sorted((train[i] for i in indices), key=lambda e: len(e.input_ids))
             targets = supervised_tokens(examples)
             losses = []
             for micro in chunks(examples, cfg.micro_batch_size):
-                batch = sft_batch(micro, tokenizer.pad_token_id, model.device)
-                micro_loss = sft_loss(model, batch, denominator=max(1, targets))
+                batch = sft_batch(micro, tokenizer.pad_token_id, policy.device)
+                micro_loss = sft_loss(policy, batch, denominator=max(1, targets))
                 micro_loss.backward()
                 losses.append(micro_loss.detach())
             loss = torch.stack(losses).sum().item()
@@ -166,11 +154,11 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
 
             # 6 keep the weights that gave this finite loss
             if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
-                run.save(save_checkpoint(model, tokenizer, cfg.output, step - 1), step - 1)
+                run.save(save_checkpoint(policy.model, tokenizer, cfg.output, step - 1), step - 1)
 
             # 7 update
             lr = optimizer.param_groups[0]["lr"]
-            grad_norm = optimizer_step(model, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
+            grad_norm = optimizer_step(policy, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
 
             # 8 report
             seconds = time.perf_counter() - start
@@ -180,13 +168,13 @@ def main(cfg: SFTConfig) -> dict[str, Any]:
                 "grad_norm": grad_norm,
                 "supervised_tokens": targets,
                 "tokens_per_s": sum(len(e.input_ids) for e in examples) / seconds,
-                "peak_mem_gib": peak_memory_gib(model.device),
+                "peak_mem_gib": peak_memory_gib(policy.device),
             }
             log.write(step, **metrics)
             if cfg.eval_every and step % cfg.eval_every == 0 and step < total:
-                report_held_out(log, step, model, tokenizer, held_out, cfg)
+                report_held_out(log, step, policy, tokenizer, held_out, cfg)
 
         # 9 evaluate and save
-        metrics |= report_held_out(log, total, model, tokenizer, held_out, cfg)
-        save_model(model, tokenizer, cfg.output)
+        metrics |= report_held_out(log, total, policy, tokenizer, held_out, cfg)
+        save_model(policy.model, tokenizer, cfg.output)
     return {"steps": total, "output": cfg.output, **metrics}
