@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fastrl
-from fastrl.ops.backend import _C, cuda
+from fastrl.ops.native import _C, cuda
 
 PEERS = ("transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")  # what may be beside it
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ struct fp16 {
   uint16_t bits;
 };
 
-// The codes that fastrl/ops/backend.py passes.
+// The codes that fastrl/ops/native.py passes.
 enum class DType : int { f32 = 0, bf16 = 1, fp16 = 2 };
 
 // Calls body with a value of the element type that `dtype` names: body(bf16{}).

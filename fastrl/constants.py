@@ -1,4 +1,9 @@
-"""Numbers that the references and the kernels of all backends share."""
+"""Names and numbers that the ops, their references and the kernels of all backends share. Imports nothing."""
+
+OPS = (
+    "token_logprobs", "linear_logprobs", "linear_cross_entropy", "lora_linear", "lora_linear_group", "gae",
+    "ppo_advantages", "ppo_loss", "ranking_loss",
+)  # fmt: skip
 
 WHITEN_EPS = 1e-8  # added to the variance that whitening divides by
 

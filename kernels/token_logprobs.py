@@ -7,7 +7,7 @@ The target is kept out of the sums: log p = -log(1 + the others' odds) is exact 
 
 A logit's exponent is d_v = (x_v - offset) * scale with scale = log2(e) / temperature, x_v the (soft-capped) logit and
 offset the largest x of the row. row_stats holds (offset, log2 sum_v 2^d_v); the offset is -inf where no logit is above.
-Rows are addressed as fastrl.ops.backend.rows does: (m // inner) * outer_stride + (m % inner) * inner_stride.
+Rows are addressed as fastrl.ops.native.row_layout does: (m // inner) * outer_stride + (m % inner) * inner_stride.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels.launch import launch
-from fastrl.ops.backend import rows
+from fastrl.ops.native import row_layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -233,11 +233,11 @@ def token_logprobs_bwd_kernel(
     store_columns(out + out_start, start, columns, d, BLOCK)
 
 
-def _row_layout(logits: torch.Tensor) -> tuple[int, int, int]:
+def _layout_in_a_batch(logits: torch.Tensor) -> tuple[int, int, int]:
     """Where rows begin. A single row gets the stride that it has in a batch: Triton adds in another order where strides
     are multiples of 16, which 0 would be.
     """
-    inner, outer_stride, inner_stride = rows(logits)[2:]
+    inner, outer_stride, inner_stride = row_layout(logits)[2:]
     if inner == 1 and outer_stride == 0:
         inner_stride = logits.stride(-2) if logits.ndim > 1 else logits.shape[-1]
     return inner, outer_stride, inner_stride
@@ -258,7 +258,7 @@ def statistics(
     block, warps = SMALL if vocab <= SMALL[0] else LARGE
     pieces = triton.cdiv(vocab, block)
     partials = torch.empty(count * pieces * PARTIAL, dtype=torch.float32, device=logits.device)
-    layout = _row_layout(logits)
+    layout = _layout_in_a_batch(logits)
     scale = LOG2E.value / temperature
     launch(
         token_logprobs_fwd_kernel, (count * pieces,), logits,
@@ -293,7 +293,7 @@ def gradient(
     launch(
         token_logprobs_bwd_kernel, (count * triton.cdiv(columns, block),), logits,
         logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, out, entropy_out,
-        begin, columns, *rows(logits)[2:], *rows(out)[2:], 1.0 / temperature, softcap,
+        begin, columns, *row_layout(logits)[2:], *row_layout(out)[2:], 1.0 / temperature, softcap,
         SOFTCAP=softcap > 0, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
@@ -303,7 +303,7 @@ def forward(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, 
     statistics(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy)
 
 
-def backward(logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits):
+def backward(logits, token_ids, mask, temperature, softcap, row_stats, logprobs, entropy, dlogprobs, dentropy, dlogits):
     """See fastrl.ops.token_logprobs."""
     entropy = None if dentropy is None else entropy
     gradient(

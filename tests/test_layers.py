@@ -32,3 +32,26 @@ def importers(package: str) -> set[str]:
 
 def test_the_oracle_is_imported_by_the_ops_alone():
     assert {name.split(".")[0] for name in importers("reference")} == {"ops"}
+
+
+def test_the_ops_stand_alone():
+    """They know nothing of models, loops and commands; how a kernel is called does not ask which one runs."""
+    found = {(name, module.split(".")[0]) for name, module in imports() if name.split(".")[0] == "ops"}
+    above = {"commands", "data", "demo", "integrations", "models", "rollout", "run", "train"}
+    assert not [pair for pair in found if pair[1] in above]
+    assert not [pair for pair in imports() if pair[0] == "ops.native" and pair[1].startswith("ops.")]
+
+
+def test_the_heads_do_not_import_each_other():
+    heads = {"ops.linear_logprobs", "ops.linear_cross_entropy"}
+    assert not [pair for pair in imports() if pair[0] in heads and pair[1] in heads]
+
+
+def test_an_integration_is_a_leaf():
+    assert importers("integrations") == set()
+
+
+def test_models_know_nothing_of_runs_loops_or_commands():
+    above = {"integrations", "run", "train", "commands", "rollout", "cli", "demo"}
+    found = {(name, module) for name, module in imports() if name.startswith("models.")}
+    assert not {(name, module) for name, module in found if module.split(".")[0] in above}

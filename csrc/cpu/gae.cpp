@@ -6,9 +6,9 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
-void gae(const float* rewards, const float* values, const bool* mask, const bool* dones,
-         const float* lambdas, const float* bootstrap_value, int64_t rows, int64_t steps,
-         float gamma, float gae_lambda, float* advantages, float* returns, int threads) {
+void gae(int64_t rows, int64_t steps, const float* rewards, const float* values, const bool* mask,
+         const bool* dones, const float* lambdas, const float* bootstrap_value, float gamma,
+         float gae_lambda, float* advantages, float* returns, int threads) {
   const GaeInputs inputs{rewards,         values, mask,       dones, lambdas,
                          bootstrap_value, gamma,  gae_lambda, rows,  steps};
 #pragma omp parallel for num_threads(team(rows* steps, threads)) schedule(static)

@@ -122,9 +122,9 @@ void whiten(const Moments& moments, const bool* mask, int64_t size, bool center,
 
 }  // namespace
 
-void ppo_advantages(const float* logprobs, const float* ref_logprobs, const float* values,
-                    const float* scores, const bool* mask, int64_t rows, int64_t steps,
-                    float kl_coef, int kl_estimator, float kl_clip, float score_clip, float gamma,
+void ppo_advantages(int64_t rows, int64_t steps, const float* logprobs, const float* ref_logprobs,
+                    const float* values, const float* scores, const bool* mask, float kl_coef,
+                    int kl_estimator, float kl_clip, float score_clip, float gamma,
                     float gae_lambda, bool center, bool scale, float* advantages, float* returns,
                     float* rewards, float* kl, double* moments, float* stats, int threads) {
   const auto shape = kl_estimator == 1   ? shape_row<1>

@@ -174,12 +174,11 @@ void write_stats(const Sums& sums, int64_t tokens, float* stats) {
 
 }  // namespace
 
-void ppo_loss(const float* logprobs, const float* values, const float* entropy,
+void ppo_loss(int64_t size, const float* logprobs, const float* values, const float* entropy,
               const float* old_logprobs, const float* old_values, const float* advantages,
-              const float* returns, const bool* mask, const float* denominator, int64_t size,
-              double clip_coef, float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip,
-              float* loss, float* stats, float* dlogprobs, float* dvalues, float* dentropy,
-              int threads) {
+              const float* returns, const bool* mask, const float* denominator, double clip_coef,
+              float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip, float* loss,
+              float* stats, float* dlogprobs, float* dvalues, float* dentropy, int threads) {
   const Inputs x{logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask};
   const Options options{static_cast<float>(1.0 - clip_coef),
                         static_cast<float>(1.0 + clip_coef),

@@ -143,8 +143,8 @@ void write_stats(const GroupSums& total, int64_t groups, const float* scores, in
 
 }  // namespace
 
-void ranking_loss(const float* scores, const int64_t* group_ids, const double* ranks,
-                  const float* margins, int64_t size, float center_coef, float* loss, float* stats,
+void ranking_loss(int64_t size, const float* scores, const int64_t* group_ids, const double* ranks,
+                  const float* margins, float center_coef, float* loss, float* stats,
                   float* dscores, int threads) {
   const Inputs x{scores, group_ids, ranks, margins, center_coef};
   check_ranks(ranks, size);

@@ -8,8 +8,8 @@
 
 namespace fastrl::cpu::FASTRL_ISA {
 
-void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
-                        int64_t vocab, float inv_temperature, float softcap, float* logprobs,
+void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
+                        const bool* mask, float inv_temperature, float softcap, float* logprobs,
                         float* row_stats, float* entropy, int threads) {
   const LogitMap map{inv_temperature, softcap};
   int64_t bad_row = rows;
@@ -39,10 +39,10 @@ void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask,
   check_token_ids(bad_row == rows ? -1 : bad_row, "token_logprobs", vocab, token_ids);
 }
 
-void token_logprobs_bwd(Rows logits, const int64_t* token_ids, const bool* mask,
+void token_logprobs_bwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
+                        const bool* mask, float inv_temperature, float softcap,
                         const float* row_stats, const float* logprobs, const float* entropy,
-                        const float* dlogprobs, const float* dentropy, int64_t rows, int64_t vocab,
-                        float inv_temperature, float softcap, Rows dlogits, int threads) {
+                        const float* dlogprobs, const float* dentropy, Rows dlogits, int threads) {
   const LogitMap map{inv_temperature, softcap};
   dispatch_dtype(logits.dtype, "token_logprobs", [&](auto tag) {
     using T = decltype(tag);

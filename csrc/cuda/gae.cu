@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kLongThreads)
 
 }  // namespace
 
-void gae(const float* rewards, const float* values, const bool* mask, const bool* dones,
-         const float* lambdas, const float* bootstrap_value, int64_t rows, int64_t steps,
-         float gamma, float gae_lambda, float* advantages, float* returns, void* stream) {
+void gae(int64_t rows, int64_t steps, const float* rewards, const float* values, const bool* mask,
+         const bool* dones, const float* lambdas, const float* bootstrap_value, float gamma,
+         float gae_lambda, float* advantages, float* returns, void* stream) {
   if (rows == 0 || steps == 0) return;
   const Inputs x{rewards,         values, mask,       dones, lambdas,
                  bootstrap_value, gamma,  gae_lambda, rows,  steps};

@@ -184,7 +184,7 @@ void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, i
                       float* row_stats, float* entropy, Rows out, Rows entropy_out, void* stream) {
   require_float32(logits);
   auto read_only = [&] {
-    token_logprobs_fwd(logits, token_ids, mask, rows, vocab, inv_temperature, softcap, logprobs,
+    token_logprobs_fwd(rows, vocab, logits, token_ids, mask, inv_temperature, softcap, logprobs,
                        row_stats, entropy, nullptr, stream);
   };
   if (rows == 0 || out.data == nullptr) return read_only();

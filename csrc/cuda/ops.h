@@ -11,9 +11,9 @@
 
 namespace fastrl::cuda {
 
-void gae(const float* rewards, const float* values, const bool* mask, const bool* dones,
-         const float* lambdas, const float* bootstrap_value, int64_t rows, int64_t steps,
-         float gamma, float gae_lambda, float* advantages, float* returns, void* stream);
+void gae(int64_t rows, int64_t steps, const float* rewards, const float* values, const bool* mask,
+         const bool* dones, const float* lambdas, const float* bootstrap_value, float gamma,
+         float gae_lambda, float* advantages, float* returns, void* stream);
 
 // What the heads run on chunks of float32 logits between the library's multiplications. `out` has
 // any of the dtypes and may be the logits' own memory; absent rows have data == nullptr.
@@ -58,26 +58,26 @@ void lora_up_backward(const void* dy, const void* down, int64_t down_stride, con
 int64_t lora_up_backward_workspace(int64_t rows, int64_t cols, int64_t rank);
 
 // Partial sums go through `workspace`, of ppo_advantages_workspace(rows) doubles.
-void ppo_advantages(const float* logprobs, const float* ref_logprobs, const float* values,
-                    const float* scores, const bool* mask, int64_t rows, int64_t steps,
-                    float kl_coef, int kl_estimator, float kl_clip, float score_clip, float gamma,
+void ppo_advantages(int64_t rows, int64_t steps, const float* logprobs, const float* ref_logprobs,
+                    const float* values, const float* scores, const bool* mask, float kl_coef,
+                    int kl_estimator, float kl_clip, float score_clip, float gamma,
                     float gae_lambda, bool center, bool scale, float* advantages, float* returns,
                     float* rewards, float* kl, double* moments, float* stats, double* workspace,
                     void* stream);
 int64_t ppo_advantages_workspace(int64_t rows);
 
 // Partial sums go through `workspace`, of ppo_loss_workspace(size) doubles.
-void ppo_loss(const float* logprobs, const float* values, const float* entropy,
+void ppo_loss(int64_t size, const float* logprobs, const float* values, const float* entropy,
               const float* old_logprobs, const float* old_values, const float* advantages,
-              const float* returns, const bool* mask, const float* denominator, int64_t size,
-              double clip_coef, float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip,
-              float* loss, float* stats, float* dlogprobs, float* dvalues, float* dentropy,
-              double* workspace, void* stream);
+              const float* returns, const bool* mask, const float* denominator, double clip_coef,
+              float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip, float* loss,
+              float* stats, float* dlogprobs, float* dvalues, float* dentropy, double* workspace,
+              void* stream);
 int64_t ppo_loss_workspace(int64_t size);
 
 // Contributions of answers go through `workspace`, of ranking_loss_workspace(size) doubles.
-void ranking_loss(const float* scores, const int64_t* group_ids, const double* ranks,
-                  const float* margins, int64_t size, float center_coef, float* loss, float* stats,
+void ranking_loss(int64_t size, const float* scores, const int64_t* group_ids, const double* ranks,
+                  const float* margins, float center_coef, float* loss, float* stats,
                   float* dscores, double* workspace, void* stream);
 int64_t ranking_loss_workspace(int64_t size);
 
@@ -86,12 +86,12 @@ int64_t ranking_loss_workspace(int64_t size);
 int64_t token_logprobs_workspace(int64_t rows, int64_t vocab, int dtype);
 
 // A token id outside the vocabulary makes its row NaN.
-void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
-                        int64_t vocab, float inv_temperature, float softcap, float* logprobs,
+void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
+                        const bool* mask, float inv_temperature, float softcap, float* logprobs,
                         float* row_stats, float* entropy, void* workspace, void* stream);
-void token_logprobs_bwd(Rows logits, const int64_t* token_ids, const bool* mask,
+void token_logprobs_bwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
+                        const bool* mask, float inv_temperature, float softcap,
                         const float* row_stats, const float* logprobs, const float* entropy,
-                        const float* dlogprobs, const float* dentropy, int64_t rows, int64_t vocab,
-                        float inv_temperature, float softcap, Rows dlogits, void* stream);
+                        const float* dlogprobs, const float* dentropy, Rows dlogits, void* stream);
 
 }  // namespace fastrl::cuda

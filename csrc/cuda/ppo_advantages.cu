@@ -209,9 +209,9 @@ __global__ void __launch_bounds__(kWhitenThreads)
 
 int64_t ppo_advantages_workspace(int64_t rows) { return rows * RowPart::kColumns + 1; }
 
-void ppo_advantages(const float* logprobs, const float* ref_logprobs, const float* values,
-                    const float* scores, const bool* mask, int64_t rows, int64_t steps,
-                    float kl_coef, int kl_estimator, float kl_clip, float score_clip, float gamma,
+void ppo_advantages(int64_t rows, int64_t steps, const float* logprobs, const float* ref_logprobs,
+                    const float* values, const float* scores, const bool* mask, float kl_coef,
+                    int kl_estimator, float kl_clip, float score_clip, float gamma,
                     float gae_lambda, bool center, bool scale, float* advantages, float* returns,
                     float* rewards, float* kl, double* moments, float* stats, double* workspace,
                     void* stream) {

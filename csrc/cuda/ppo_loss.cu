@@ -265,12 +265,12 @@ int64_t ppo_loss_workspace(int64_t size) {
   return ceil_div<int64_t>(size, kChunk) * (ChunkPart::kColumns + 1) + kCountBlocks;
 }
 
-void ppo_loss(const float* logprobs, const float* values, const float* entropy,
+void ppo_loss(int64_t size, const float* logprobs, const float* values, const float* entropy,
               const float* old_logprobs, const float* old_values, const float* advantages,
-              const float* returns, const bool* mask, const float* denominator, int64_t size,
-              double clip_coef, float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip,
-              float* loss, float* stats, float* dlogprobs, float* dvalues, float* dentropy,
-              double* workspace, void* stream) {
+              const float* returns, const bool* mask, const float* denominator, double clip_coef,
+              float vf_clip_coef, float vf_coef, float ent_coef, float dual_clip, float* loss,
+              float* stats, float* dlogprobs, float* dvalues, float* dentropy, double* workspace,
+              void* stream) {
   const Inputs x{logprobs,   values,  entropy, old_logprobs, old_values,
                  advantages, returns, mask,    size};
   const Options options{static_cast<float>(1.0 - clip_coef),

@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) ranking_block_kernel(Inputs 
 
 int64_t ranking_loss_workspace(int64_t size) { return size * kColumns; }
 
-void ranking_loss(const float* scores, const int64_t* group_ids, const double* ranks,
-                  const float* margins, int64_t size, float center_coef, float* loss, float* stats,
+void ranking_loss(int64_t size, const float* scores, const int64_t* group_ids, const double* ranks,
+                  const float* margins, float center_coef, float* loss, float* stats,
                   float* dscores, double* workspace, void* stream) {
   const Inputs x{scores, group_ids, ranks, margins, size, center_coef};
   const Outputs out{workspace, dscores, loss, stats};

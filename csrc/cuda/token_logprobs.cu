@@ -90,8 +90,8 @@ int64_t token_logprobs_workspace(int64_t rows, int64_t vocab, int dtype) {
   });
 }
 
-void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
-                        int64_t vocab, float inv_temperature, float softcap, float* logprobs,
+void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
+                        const bool* mask, float inv_temperature, float softcap, float* logprobs,
                         float* row_stats, float* entropy, void* workspace, void* stream) {
   if (rows == 0) return;
   const LogitMap map{inv_temperature, softcap};
@@ -118,10 +118,10 @@ void token_logprobs_fwd(Rows logits, const int64_t* token_ids, const bool* mask,
   check_launch("token_logprobs");
 }
 
-void token_logprobs_bwd(Rows logits, const int64_t* token_ids, const bool* mask,
+void token_logprobs_bwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
+                        const bool* mask, float inv_temperature, float softcap,
                         const float* row_stats, const float* logprobs, const float* entropy,
-                        const float* dlogprobs, const float* dentropy, int64_t rows, int64_t vocab,
-                        float inv_temperature, float softcap, Rows dlogits, void* stream) {
+                        const float* dlogprobs, const float* dentropy, Rows dlogits, void* stream) {
   dispatch_dtype(logits.dtype, "token_logprobs", [&](auto tag) {
     using T = decltype(tag);
     const GradientArguments arguments{

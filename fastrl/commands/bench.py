@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-OPS = (
-    "token_logprobs", "linear_logprobs", "linear_cross_entropy", "lora_linear", "gae", "ppo_advantages", "ppo_loss",
-    "ranking_loss",
-)  # fmt: skip
+from fastrl import constants
+
+OPS = tuple(op for op in constants.OPS if op != "lora_linear_group")  # groups are in lora_linear's bench
 DESCRIPTION = """
 Checks each op against float64, then times it beside plain torch, torch.compile and the peers that are installed
 (TRL, PEFT; on a GPU also Liger, cut-cross-entropy and quack), provider by provider in turn. Prints a table and writes
@@ -104,7 +103,7 @@ def for_isa(case):
 def measure_lower_isa(args: argparse.Namespace, path: Path) -> list[dict[str, str]]:
     """The memory-bound cases once more with AVX2 kernels, in a process of their own: the level is read once."""
     from fastrl.benches import records
-    from fastrl.ops.backend import _C
+    from fastrl.ops.native import _C
 
     if args.device != "cpu" or args.quick or _C is None or _C.cpu_isa() != "avx512":
         return []

@@ -7,6 +7,7 @@ and may hold anything in every input.
 
 from fastrl.ops.gae import gae
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
+from fastrl.ops.linear_head import LoRAHead
 from fastrl.ops.linear_logprobs import linear_logprobs
 from fastrl.ops.lora_linear import LoRAWeights, lora_linear, lora_linear_group
 from fastrl.ops.ppo_advantages import Advantages, AdvantageStats, ppo_advantages
@@ -17,6 +18,7 @@ from fastrl.ops.token_logprobs import token_logprobs
 __all__ = [
     "AdvantageStats",
     "Advantages",
+    "LoRAHead",
     "LoRAWeights",
     "PPOStats",
     "RankingStats",

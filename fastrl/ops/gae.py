@@ -6,7 +6,8 @@ import torch
 
 from fastrl.checks import check, check_data, check_float, check_mask, check_unit, has_values
 from fastrl.masked import compute_dtype
-from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import choose_for
+from fastrl.ops.native import _C, as_data, launch_cuda, native_op, threads_for, triton_kernel
 from fastrl.reference import gae as reference
 
 OP = "gae"
@@ -87,20 +88,12 @@ def _check(rewards, values, mask, gamma, gae_lambda, dones, bootstrap_value):
         check_data(OP, "bootstrap_value", bootstrap_value, shape[:1], rewards)
 
 
-def _gae_cpu(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_lambda, advantages, returns):
-    _C.gae(
-        address(rewards), address(values), address(mask), address(dones), address(lambdas), address(bootstrap_value),
-        rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages), address(returns),
-        team(rewards.numel()),
-    )  # fmt: skip
+def _gae_cpu(rewards, *rest):
+    _C.gae(*rewards.shape, rewards, *rest, threads_for(rewards.numel()))
 
 
-def _gae_cuda(rewards, values, mask, dones, lambdas, bootstrap_value, gamma, gae_lambda, advantages, returns):
-    launch_cuda(
-        "gae", rewards, address(rewards), address(values), address(mask), address(dones), address(lambdas),
-        address(bootstrap_value), rewards.shape[0], rewards.shape[1], gamma, gae_lambda, address(advantages),
-        address(returns),
-    )  # fmt: skip
+def _gae_cuda(rewards, *rest):
+    launch_cuda("gae", rewards, *rewards.shape, rewards, *rest)
 
 
 _gae = native_op(

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from fastrl.checks import check, check_device, check_float, check_plain, check_positive, check_range, debugging
-from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import choose, native_op
-from fastrl.ops.linear_head import autocast, check_head
-from fastrl.ops.linear_logprobs import HEAD_SCHEMA, empty, input_gradients, linear_logprobs
+from fastrl.ops.backend import choose
+from fastrl.ops.linear_head import autocast, check_head, empty, head_forward, head_logprobs, input_gradients
 from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import linear_cross_entropy as reference
 
@@ -83,6 +81,7 @@ def linear_cross_entropy(
         check_range(torch.where(keep, labels, 0), len(weight), OP, "labels")
     if denominator is None:
         denominator = keep.sum().clamp(min=1)
+    temperature, softcap = without_scale(temperature, logit_scale, softcap)
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     multiplies_logits = [tensor for tensor in (weight, bias, lora_b) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in multiplies_logits):
@@ -90,15 +89,11 @@ def linear_cross_entropy(
             upstream = -1.0 / denominator.to(torch.float32)
         else:  # filled on the device: a copy from the host would wait
             upstream = torch.full((), -1.0 / denominator, dtype=torch.float32, device=hidden.device)
-        options = (float(scaling), *without_scale(temperature, logit_scale, softcap))
+        options = (float(scaling), temperature, softcap)
         return _LinearCrossEntropy.apply(
             hidden, weight, bias, lora_a, lora_b, labels, keep, upstream.detach(), options, backend
         )
-    logprobs = linear_logprobs(
-        hidden, weight, labels, bias=bias, lora=lora, mask=keep, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, backend=backend,
-    )  # fmt: skip
-    assert isinstance(logprobs, torch.Tensor)
+    logprobs = head_logprobs(hidden, weight, bias, lora, labels, keep, temperature, softcap, False, backend)
     return -logprobs.sum() / denominator
 
 
@@ -117,9 +112,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = empty(weight) if needs[1] else None
         dbias = empty(bias) if bias is not None and needs[2] else None
         dlora_b = empty(lora_b) if lora_b is not None and needs[4] else None
-        _forward(
+        head_forward(
             backend, rows, weight, labels.reshape(-1).long().contiguous(), keep, bias, lora_a, lora_b, *options,
-            upstream, logprobs, row_stats, direction, dweight, dbias, dlora_b,
+            logprobs, row_stats, None, direction, None, upstream, dweight, dbias, dlora_b,
         )  # fmt: skip
         ctx.save_for_backward(hidden, lora_a, keep, upstream, direction, dweight, dbias, dlora_b)
         ctx.options, ctx.backend, ctx.inputs = options, backend, (weight, bias, lora_b)
@@ -138,25 +133,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )  # fmt: skip
         dweight, dbias, dlora_b = (None if g is None else g * dloss.to(g.dtype) for g in gradients)
         return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None
-
-
-def _without_entropy(forward):
-    def run(*args):
-        *head, upstream, logprobs, row_stats, direction, dweight, dbias, dlora_b = args
-        forward(*head, logprobs, row_stats, None, direction, None, upstream, dweight, dbias, dlora_b)
-
-    return run
-
-
-_forward = native_op(
-    "linear_cross_entropy_fwd",
-    HEAD_SCHEMA + "Tensor upstream, Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? direction, "
-    "Tensor(d!)? dweight, Tensor(e!)? dbias, Tensor(f!)? dlora_b",
-    {
-        name: _without_entropy(forward)
-        for name, forward in {
-            "cpu": linear_head_cpu.forward,
-            **linear_head_gpu.on_each_backend(linear_head_gpu.forward),
-        }.items()
-    },
-)

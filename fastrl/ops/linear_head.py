@@ -1,9 +1,9 @@
-"""What linear_logprobs and linear_cross_entropy share: the checks of a language-model head and its arguments."""
+"""A language-model head as linear_logprobs and linear_cross_entropy share it: arguments, kernels, gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,17 @@ from fastrl.checks import (
     check_plain,
     check_shape,
 )
-from fastrl.ops.backend import autocast_dtype
+from fastrl.ops import linear_head_cpu, linear_head_gpu
+from fastrl.ops.autograd import differentiable_once
+from fastrl.ops.native import autocast_dtype, native_op
+
+
+class LoRAHead(NamedTuple):
+    """Adapter on the output head: logits += (hidden @ lora_a.T) @ lora_b.T * scaling."""
+
+    lora_a: torch.Tensor  # (r, H)
+    lora_b: torch.Tensor  # (V, r)
+    scaling: float
 
 
 def check_head(
@@ -72,3 +82,121 @@ def autocast(
     if lora is not None:
         lora = (lora[0].to(dtype), lora[1].to(dtype), lora[2])
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
+
+
+def head_logprobs(hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, backend):
+    """Log-probs, or (log-probs, entropies), by a native backend, of arguments that are checked."""
+    lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
+    needs_direction = torch.is_grad_enabled() and (
+        hidden.requires_grad or (lora_a is not None and lora_a.requires_grad)
+    )
+    return _HeadLogprobs.apply(
+        hidden, weight, bias, lora_a, lora_b, token_ids, mask, (float(scaling), temperature, softcap), return_entropy,
+        needs_direction, backend,
+    )  # fmt: skip
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, lora_a, lora_b, token_ids, mask, options, return_entropy, needs_direction, backend
+    ):
+        shape = hidden.shape[:-1]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        token_ids = token_ids.reshape(-1).long().contiguous()
+        mask = None if mask is None else mask.reshape(-1).contiguous()
+        count, width = rows.shape[0], rows.shape[1] + (0 if lora_a is None else len(lora_a))
+        logprobs = hidden.new_empty(shape, dtype=torch.float32)
+        row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
+        entropy = hidden.new_empty(shape, dtype=torch.float32) if return_entropy else None
+        direction = hidden.new_empty((count, width)) if needs_direction else None
+        entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
+        head_forward(
+            backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
+            logprobs.view(-1), row_stats, None if entropy is None else entropy.view(-1), direction, entropy_direction,
+            None, None, None, None,
+        )  # fmt: skip
+        # Copies, as the caller may change the outputs in place; the gradient of hidden alone needs none.
+        needs_outputs = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
+        ctx.save_for_backward(
+            hidden, weight, bias, lora_a, lora_b, token_ids, mask, row_stats,
+            logprobs.reshape(-1).clone() if needs_outputs else None,
+            entropy.reshape(-1).clone() if needs_outputs and entropy is not None else None,
+            direction, entropy_direction,
+        )  # fmt: skip
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return logprobs if entropy is None else (logprobs, entropy)
+
+    @staticmethod
+    @differentiable_once("linear_logprobs")
+    def backward(ctx, dlogprobs, dentropy=None):
+        hidden, weight, bias, lora_a, lora_b, token_ids, mask, *results = ctx.saved_tensors
+        row_stats, logprobs, entropy, direction, entropy_direction = results
+        need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
+        if dlogprobs is None and dentropy is None:
+            return (None,) * 11
+        dlogprobs = row_stats.new_zeros(len(row_stats)) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
+        dentropy = None if dentropy is None else dentropy.reshape(-1).contiguous()
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        dhidden = dlora_a = None
+        if need_hidden or need_lora_a:
+            dhidden, dlora_a = input_gradients(
+                ctx.backend, hidden, lora_a if need_lora_a else None, ctx.options[0], mask,
+                direction, entropy_direction, dlogprobs, dentropy,
+            )  # fmt: skip
+        dweight = empty(weight) if need_weight else None
+        dbias = empty(bias) if need_bias else None
+        dlora_b = empty(lora_b) if need_lora_b else None
+        if need_weight or need_bias or need_lora_b:
+            _head_backward_weights(
+                ctx.backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *ctx.options, row_stats, logprobs,
+                None if dentropy is None else entropy, dlogprobs, dentropy, dweight, dbias, dlora_b,
+            )  # fmt: skip
+        return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None
+
+
+def input_gradients(
+    backend, hidden, lora_a, scaling, mask, direction, entropy_direction, dlogprobs, dentropy
+):  # fmt: skip
+    """(dhidden, dlora_a) from the saved directions; dlora_a is None if lora_a is."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    dinputs = torch.empty_like(direction)
+    _head_backward_hidden(backend, direction, entropy_direction, mask, dlogprobs, dentropy, dinputs)
+    dhidden = dinputs[:, : rows.shape[1]].view(hidden.shape)
+    if lora_a is None:
+        return dhidden, None
+    kept = rows if mask is None else torch.where(mask[:, None], rows, 0)
+    inner = dinputs[:, rows.shape[1] :].to(lora_a.dtype)
+    return dhidden, torch.mm(inner.t(), kept.to(lora_a.dtype)) * scaling
+
+
+def empty(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor token_ids, Tensor? mask, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    "float scaling, float temperature, float softcap, "
+)
+head_forward = native_op(
+    "linear_head_fwd",
+    _HEAD + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
+    "Tensor(e!)? entropy_direction, Tensor? upstream, Tensor(f!)? dweight, Tensor(g!)? dbias, Tensor(h!)? dlora_b",
+    {"cpu": linear_head_cpu.forward, **linear_head_gpu.on_each_backend(linear_head_gpu.forward)},
+)
+_head_backward_hidden = native_op(
+    "linear_head_bwd_hidden",
+    "Tensor direction, Tensor? entropy_direction, Tensor? mask, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dinputs",
+    {
+        "cpu": linear_head_cpu.backward_hidden,
+        "cuda": linear_head_gpu.backward_hidden,
+        "triton": linear_head_gpu.backward_hidden,
+    },
+)
+_head_backward_weights = native_op(
+    "linear_head_bwd_weights",
+    _HEAD + "Tensor row_stats, Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
+    "Tensor(a!)? dweight, Tensor(b!)? dbias, Tensor(c!)? dlora_b",
+    {"cpu": linear_head_cpu.backward_weights, **linear_head_gpu.on_each_backend(linear_head_gpu.backward_weights)},
+)

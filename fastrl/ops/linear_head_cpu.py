@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastrl.checks import check_range
-from fastrl.ops.backend import _C, address, rows
+from fastrl.ops.native import _C, row_layout
 
 # Rows and bytes of a block of logits. Measured at M = 2048, H = 576, V = 49152 in bfloat16 on Zen 5 with 32 MiB of L3:
 # 512 to 2048 rows and 1 to 8 MiB are within 5 % of each other on one thread; larger blocks wait less often for other
@@ -108,7 +108,7 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
     threads = torch.get_num_threads()
     targets = head.select(token_ids)
     sweeps = _floats(n, 5)
-    _C.linear_head_begin(rows(x), rows(targets), n, width, softcap, address(sweeps), threads)
+    _C.linear_head_begin(row_layout(x), row_layout(targets), n, width, softcap, sweeps, threads)
     sums = x.new_zeros(n, width, dtype=torch.float32) if with_direction else None
     weighted = x.new_zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
     copies = 1 if weighted is None else 2
@@ -123,8 +123,8 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
         exponentials = exponentials.view(copies, n, end - begin)  # first the logits
         torch.mm(x, block.t(), out=exponentials[0])
         _C.linear_head_sweep(
-            rows(exponentials[0]), address(token_ids), begin, n, end - begin, 1.0 / temperature, softcap,
-            with_entropy, with_direction or parameters is not None, rows(exponentials[-1]), address(sweeps), threads,
+            row_layout(exponentials[0]), token_ids, begin, n, end - begin, 1.0 / temperature, softcap,
+            with_entropy, with_direction or parameters is not None, row_layout(exponentials[-1]), sweeps, threads,
         )  # fmt: skip
         if parameters is not None:
             kept.append((begin, end, exponentials[0], sweeps[:, 1].clone()))
@@ -132,22 +132,17 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
             for i in range(copies):
                 torch.mm(exponentials[i], block, out=products[i])
             _C.linear_head_fold(
-                rows(products[0]), rows(products[-1]), address(sweeps), n, width,
-                address(sums), address(weighted), threads,
-            )  # fmt: skip
+                row_layout(products[0]), row_layout(products[-1]), sweeps, n, width, sums, weighted, threads
+            )
     logprobs, entropy, row_stats, factors = (_floats(*shape) for shape in ((n,), (n,), (n, 2), (2, n, 3)))
-    _C.linear_head_finish(
-        address(sweeps), n, 1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
-        address(factors[0]), address(factors[1]),
-    )  # fmt: skip
+    _C.linear_head_finish(sweeps, n, 1.0 / temperature, softcap, logprobs, row_stats, entropy, factors[0], factors[1])
     if parameters is not None:
         parameters.add(x, token_ids, kept, sweeps[:, 1], upstream * factors[0], temperature)
     for i, result in ((1, weighted), (0, sums)):  # the entropy's direction reads both sums, so it is made first
         if result is not None:
             _C.linear_head_direction(
-                rows(targets), address(sums), address(weighted) if i else 0, address(factors[i]), n, width,
-                address(result), threads,
-            )  # fmt: skip
+                row_layout(targets), sums, weighted if i else None, factors[i], n, width, result, threads
+            )
     return logprobs, row_stats, entropy, sums, weighted
 
 
@@ -244,11 +239,10 @@ def backward_weights(
         total = x.new_zeros(end - begin, x.shape[1] - first, dtype=torch.float32)
         for start, stop in spans:
             logits = torch.mm(x[start:stop], block.t())
-            ids, *floats = (address(None if tensor is None else tensor[start:stop]) for tensor in per_row)
-            stats, logprob, row_entropy, dlogprob, drow_entropy = floats
+            ids, *floats = (None if tensor is None else tensor[start:stop] for tensor in per_row)
             _C.linear_head_gradient(
-                rows(logits), ids, begin, stop - start, end - begin, stats, logprob, row_entropy, dlogprob,
-                drow_entropy, 1.0 / temperature, softcap, torch.get_num_threads(),
+                row_layout(logits), ids, begin, *logits.shape, *floats, 1.0 / temperature, softcap,
+                torch.get_num_threads(),
             )  # fmt: skip
             total += torch.mm(logits.t(), x[start:stop, first:])
         _split(total, width, first, *(None if t is None else t[begin:end] for t in (dweight, dbias, dlora_b)))
@@ -257,12 +251,9 @@ def backward_weights(
 def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, dinputs):
     """dinputs = dlogprobs * direction + dentropy * entropy_direction, row by row; 0 where masked."""
     _C.linear_head_scale(
-        rows(direction), NO_ROWS if dentropy is None else rows(entropy_direction), address(mask), address(dlogprobs),
-        address(dentropy), direction.shape[0], direction.shape[1], rows(dinputs), torch.get_num_threads(),
+        row_layout(direction), None if dentropy is None else row_layout(entropy_direction), mask, dlogprobs, dentropy,
+        *direction.shape, row_layout(dinputs), torch.get_num_threads(),
     )  # fmt: skip
-
-
-NO_ROWS = (0, 0, 1, 0, 0)
 
 
 def _floats(*shape: int) -> torch.Tensor:

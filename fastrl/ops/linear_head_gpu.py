@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from fastrl.checks import capturing, check_range, debugging
-from fastrl.ops.backend import address, launch_cuda, rows, triton_kernel
 from fastrl.ops.linear_head_chunks import (
     MIN_ROWS,
     add_product,
@@ -30,6 +29,7 @@ from fastrl.ops.linear_head_chunks import (
     spans,
     workspace,
 )
+from fastrl.ops.native import launch_cuda, row_layout, triton_kernel
 
 
 class Rows(NamedTuple):
@@ -256,9 +256,8 @@ def gradient_kernel(backend, *args) -> None:
 
 def _rows_cuda(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, out, entropy_out):
     launch_cuda(
-        "linear_head_rows", logits, rows(logits), address(token_ids), address(mask), *logits.shape, 1.0 / temperature,
-        softcap, address(logprobs), address(row_stats), address(entropy), _rows_or_none(out),
-        _rows_or_none(entropy_out),
+        "linear_head_rows", logits, row_layout(logits), token_ids, mask, *logits.shape, 1.0 / temperature, softcap,
+        logprobs, row_stats, entropy, *(None if o is None else row_layout(o) for o in (out, entropy_out)),
     )  # fmt: skip
 
 
@@ -266,14 +265,9 @@ def _gradient_cuda(
     logits, token_ids, mask, begin, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, out
 ):
     launch_cuda(
-        "linear_head_gradient", logits, rows(logits), address(token_ids), address(mask), begin, *logits.shape,
-        address(row_stats), address(logprobs), address(None if dentropy is None else entropy), address(dlogprobs),
-        address(dentropy), 1.0 / temperature, softcap, rows(out),
+        "linear_head_gradient", logits, row_layout(logits), token_ids, mask, begin, *logits.shape, row_stats, logprobs,
+        None if dentropy is None else entropy, dlogprobs, dentropy, 1.0 / temperature, softcap, row_layout(out),
     )  # fmt: skip
-
-
-def _rows_or_none(tensor):
-    return (0, 0, 1, 0, 0) if tensor is None else rows(tensor)
 
 
 _ROW_KERNELS = {"cuda": _rows_cuda, "triton": triton_kernel("linear_head", "linear_head_rows")}

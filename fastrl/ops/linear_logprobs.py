@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from fastrl.checks import check_flag, check_float
-from fastrl.ops import linear_head_cpu, linear_head_gpu
-from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import choose, native_op
-from fastrl.ops.linear_head import autocast, check_head
+from fastrl.ops.backend import choose
+from fastrl.ops.linear_head import autocast, check_head, head_logprobs
 from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import linear_logprobs as reference
 
@@ -77,128 +75,7 @@ def linear_logprobs(
         return reference.linear_logprobs(
             hidden, weight, token_ids, bias, lora, mask, temperature, logit_scale, softcap or 0.0, return_entropy
         )
-    lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
-    needs_direction = torch.is_grad_enabled() and (
-        hidden.requires_grad or (lora_a is not None and lora_a.requires_grad)
-    )
-    logprobs, entropy = _LinearLogprobs.apply(
-        hidden,
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        token_ids,
-        mask,
-        (float(scaling), *without_scale(temperature, logit_scale, softcap)),
-        return_entropy,
-        needs_direction,
+    return head_logprobs(
+        hidden, weight, bias, lora, token_ids, mask, *without_scale(temperature, logit_scale, softcap), return_entropy,
         backend,
-    )
-    return (logprobs, entropy) if return_entropy else logprobs
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, lora_a, lora_b, token_ids, mask, options, return_entropy, needs_direction, backend
-    ):
-        shape = hidden.shape[:-1]
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        token_ids = token_ids.reshape(-1).long().contiguous()
-        mask = None if mask is None else mask.reshape(-1).contiguous()
-        count, width = rows.shape[0], rows.shape[1] + (0 if lora_a is None else len(lora_a))
-        logprobs = hidden.new_empty(shape, dtype=torch.float32)
-        row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
-        entropy = hidden.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
-        direction = hidden.new_empty((count, width)) if needs_direction else None
-        entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
-        _forward(
-            backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
-            logprobs.view(-1), row_stats, entropy.view(-1) if return_entropy else None, direction, entropy_direction,
-        )  # fmt: skip
-        # Copies, as the caller may change the outputs in place; the gradient of hidden alone needs none.
-        needs_outputs = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        ctx.save_for_backward(
-            hidden, weight, bias, lora_a, lora_b, token_ids, mask, row_stats,
-            logprobs.reshape(-1).clone() if needs_outputs else None,
-            entropy.reshape(-1).clone() if needs_outputs and return_entropy else None,
-            direction, entropy_direction,
-        )  # fmt: skip
-        ctx.options, ctx.return_entropy, ctx.backend = options, return_entropy, backend
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
-
-    @staticmethod
-    @differentiable_once(OP)
-    def backward(ctx, dlogprobs, dentropy):
-        hidden, weight, bias, lora_a, lora_b, token_ids, mask, *results = ctx.saved_tensors
-        row_stats, logprobs, entropy, direction, entropy_direction = results
-        need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
-        if not ctx.return_entropy:
-            dentropy = None
-        if dlogprobs is None and dentropy is None:
-            return (None,) * 11
-        dlogprobs = row_stats.new_zeros(len(row_stats)) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
-        dentropy = None if dentropy is None else dentropy.reshape(-1).contiguous()
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        dhidden = dlora_a = None
-        if need_hidden or need_lora_a:
-            dhidden, dlora_a = input_gradients(
-                ctx.backend, hidden, lora_a if need_lora_a else None, ctx.options[0], mask,
-                direction, entropy_direction, dlogprobs, dentropy,
-            )  # fmt: skip
-        dweight = empty(weight) if need_weight else None
-        dbias = empty(bias) if need_bias else None
-        dlora_b = empty(lora_b) if need_lora_b else None
-        if need_weight or need_bias or need_lora_b:
-            _backward_weights(
-                ctx.backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *ctx.options, row_stats, logprobs,
-                None if dentropy is None else entropy, dlogprobs, dentropy, dweight, dbias, dlora_b,
-            )  # fmt: skip
-        return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None
-
-
-def input_gradients(
-    backend, hidden, lora_a, scaling, mask, direction, entropy_direction, dlogprobs, dentropy
-):  # fmt: skip
-    """(dhidden, dlora_a) from the saved directions; dlora_a is None if lora_a is."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    dinputs = torch.empty_like(direction)
-    _backward_hidden(backend, direction, entropy_direction, mask, dlogprobs, dentropy, dinputs)
-    dhidden = dinputs[:, : rows.shape[1]].view(hidden.shape)
-    if lora_a is None:
-        return dhidden, None
-    kept = rows if mask is None else torch.where(mask[:, None], rows, 0)
-    inner = dinputs[:, rows.shape[1] :].to(lora_a.dtype)
-    return dhidden, torch.mm(inner.t(), kept.to(lora_a.dtype)) * scaling
-
-
-def empty(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-HEAD_SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor token_ids, Tensor? mask, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
-    "float scaling, float temperature, float softcap, "
-)
-_forward = native_op(
-    "linear_logprobs_fwd",
-    HEAD_SCHEMA + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
-    "Tensor(e!)? entropy_direction",
-    {"cpu": linear_head_cpu.forward, **linear_head_gpu.on_each_backend(linear_head_gpu.forward)},
-)
-_backward_hidden = native_op(
-    "linear_logprobs_bwd_hidden",
-    "Tensor direction, Tensor? entropy_direction, Tensor? mask, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dinputs",
-    {
-        "cpu": linear_head_cpu.backward_hidden,
-        "cuda": linear_head_gpu.backward_hidden,
-        "triton": linear_head_gpu.backward_hidden,
-    },
-)
-_backward_weights = native_op(
-    "linear_logprobs_bwd_weights",
-    HEAD_SCHEMA + "Tensor row_stats, Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
-    "Tensor(a!)? dweight, Tensor(b!)? dbias, Tensor(c!)? dlora_b",
-    {"cpu": linear_head_cpu.backward_weights, **linear_head_gpu.on_each_backend(linear_head_gpu.backward_weights)},
-)
+    )  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 from fastrl.checks import check, check_device, check_float, check_number, check_plain, check_shape, check_unit
 from fastrl.ops import lora_linear_cpu, lora_linear_gpu
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import autocast_dtype, choose
+from fastrl.ops.backend import choose
+from fastrl.ops.native import autocast_dtype
 from fastrl.reference import lora_linear as reference
 
 

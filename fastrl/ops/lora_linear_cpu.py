@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastrl.constants import dropout_threshold
-from fastrl.ops.backend import _C, DTYPE_CODES, address, native_op, team
+from fastrl.ops.native import _C, DTYPE_CODES, native_op, threads_for
 
 
 def forward(rows, seed, dropout, scalings, backend, weights, lora_as, lora_bs, biases):
@@ -65,9 +65,8 @@ def _dropped(rows, seed, dropout):
 
 def _dropout_cpu(matrix, seed, dropout):
     _C.lora_dropout(
-        address(matrix), DTYPE_CODES[matrix.dtype], matrix.shape[0], matrix.shape[1], address(seed),
-        dropout_threshold(dropout), team(matrix.numel()),
-    )  # fmt: skip
+        matrix, DTYPE_CODES[matrix.dtype], *matrix.shape, seed, dropout_threshold(dropout), threads_for(matrix.numel())
+    )
 
 
 _dropout = native_op("lora_dropout", "Tensor(a!) matrix, Tensor seed, float dropout", {"cpu": _dropout_cpu})

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from fastrl.constants import dropout_threshold
-from fastrl.ops import backend as native
-from fastrl.ops.backend import DTYPE_CODES, address, launch_cuda, native_op, triton_kernel
+from fastrl.ops.native import DTYPE_CODES, cuda_workspace, launch_cuda, native_op, triton_kernel
 
 
 def forward(rows, seed, dropout, scalings, backend, weights, lora_as, lora_bs, biases):
@@ -91,12 +90,9 @@ def _fits(*matrices, elements=4):
     )
 
 
-def _cuda(name, x, *args):
-    launch_cuda(name, x, *(address(a) if a is None or isinstance(a, torch.Tensor) else a for a in args))
-
-
 def _dropout_cuda(matrix, seed, dropout):
-    _cuda("lora_dropout", matrix, matrix, DTYPE_CODES[matrix.dtype], *matrix.shape, seed, dropout_threshold(dropout))
+    threshold = dropout_threshold(dropout)
+    launch_cuda("lora_dropout", matrix, matrix, DTYPE_CODES[matrix.dtype], *matrix.shape, seed, threshold)
 
 
 def _dropped_cuda(x, seed, dropout):
@@ -111,7 +107,7 @@ def _down_cuda(x, lora_a, seed, dropout, down):
     if not _fits(x, lora_a):
         torch.mm(_dropped_cuda(x, seed, dropout), lora_a.t(), out=down)
         return
-    _cuda(
+    launch_cuda(
         "lora_down", x, x, x.stride(0), lora_a, DTYPE_CODES[x.dtype], *x.shape, len(lora_a), seed,
         dropout_threshold(dropout), down,
     )  # fmt: skip
@@ -121,8 +117,8 @@ def _up_backward_cuda(dy, down, lora_b, scaling, ddown, dlora_b):
     both = ddown is not None and dlora_b is not None
     if both and _fits(dy) and _fits(down, lora_b, elements=2):
         rank = down.shape[1]
-        workspace = dy.new_empty(native.cuda.lora_up_backward_workspace(*dy.shape, rank), dtype=torch.float32)
-        _cuda(
+        workspace = cuda_workspace("lora_up_backward", *dy.shape, rank, like=dy, dtype=torch.float32)
+        launch_cuda(
             "lora_up_backward", dy, dy, down, down.stride(0), lora_b, DTYPE_CODES[dy.dtype], *dy.shape, rank, scaling,
             workspace, ddown, ddown.stride(0), dlora_b,
         )  # fmt: skip
@@ -138,8 +134,8 @@ def _down_backward_cuda(ddown, x, seed, dropout, dlora_a):
         torch.mm(ddown.t(), _dropped_cuda(x, seed, dropout), out=dlora_a)
         return
     rank = ddown.shape[1]
-    workspace = x.new_empty(native.cuda.lora_da_workspace(*x.shape, rank), dtype=torch.float32)
-    _cuda(
+    workspace = cuda_workspace("lora_da", *x.shape, rank, like=x, dtype=torch.float32)
+    launch_cuda(
         "lora_da", x, x, x.stride(0), ddown, DTYPE_CODES[x.dtype], *x.shape, rank, seed, dropout_threshold(dropout),
         workspace, dlora_a,
     )  # fmt: skip
@@ -150,7 +146,7 @@ def _input_gradient_cuda(ddown, lora_a, seed, dropout, dx):
         torch.mm(ddown, lora_a, out=dx)
         _dropout_cuda(dx, seed, dropout)
         return
-    _cuda(
+    launch_cuda(
         "lora_dx", dx, ddown, lora_a, DTYPE_CODES[dx.dtype], *dx.shape, len(lora_a), seed, dropout_threshold(dropout),
         dx,
     )  # fmt: skip

@@ -18,8 +18,8 @@ from fastrl.checks import (
     check_unit,
 )
 from fastrl.masked import compute_dtype
-from fastrl.ops import backend as native
-from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import choose_for
+from fastrl.ops.native import _C, as_data, cuda_workspace, launch_cuda, native_op, threads_for, triton_kernel
 from fastrl.reference import ppo_advantages as reference
 
 OP = "ppo_advantages"
@@ -173,29 +173,13 @@ def _check_options(kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda
     check_unit(OP, "gae_lambda", gae_lambda)
 
 
-def _advantages_cpu(
-    logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
-    center, scale, advantages, returns, rewards, kl, moments, stats,
-):  # fmt: skip
-    _C.ppo_advantages(
-        address(logprobs), address(ref_logprobs), address(values), address(scores), address(mask),
-        logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
-        center, scale, address(advantages), address(returns), address(rewards), address(kl), address(moments),
-        address(stats), team(logprobs.numel()),
-    )  # fmt: skip
+def _advantages_cpu(logprobs, *rest):
+    _C.ppo_advantages(*logprobs.shape, logprobs, *rest, threads_for(logprobs.numel()))
 
 
-def _advantages_cuda(
-    logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, kl_clip, score_clip, gamma, gae_lambda,
-    center, scale, advantages, returns, rewards, kl, moments, stats,
-):  # fmt: skip
-    workspace = moments.new_empty(native.cuda.ppo_advantages_workspace(logprobs.shape[0]))
-    launch_cuda(
-        "ppo_advantages", logprobs, address(logprobs), address(ref_logprobs), address(values), address(scores),
-        address(mask), logprobs.shape[0], logprobs.shape[1], kl_coef, kl_estimator, kl_clip, score_clip, gamma,
-        gae_lambda, center, scale, address(advantages), address(returns), address(rewards), address(kl),
-        address(moments), address(stats), address(workspace),
-    )  # fmt: skip
+def _advantages_cuda(logprobs, *rest):
+    workspace = cuda_workspace(OP, len(logprobs), like=logprobs, dtype=torch.float64)
+    launch_cuda(OP, logprobs, *logprobs.shape, logprobs, *rest, workspace)
 
 
 _advantages = native_op(

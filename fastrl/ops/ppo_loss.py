@@ -20,9 +20,9 @@ from fastrl.checks import (
     check_positive,
 )
 from fastrl.masked import compute_dtype
-from fastrl.ops import backend as native
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import choose_for
+from fastrl.ops.native import _C, as_data, cuda_workspace, launch_cuda, native_op, threads_for, triton_kernel
 from fastrl.reference import ppo_loss as reference
 
 OP = "ppo_loss"
@@ -195,30 +195,15 @@ class _PPOLoss(torch.autograd.Function):
         return *(g * dloss if g is not None and needed else None for g, needed in gradients), *[None] * 9
 
 
-def _loss_cpu(
-    logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
-    clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, loss, stats, dlogprobs, dvalues, dentropy,
-):  # fmt: skip
-    _C.ppo_loss(
-        address(logprobs), address(values), address(entropy), address(old_logprobs), address(old_values),
-        address(advantages), address(returns), address(mask), address(denominator), logprobs.numel(),
-        clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, address(loss), address(stats), address(dlogprobs),
-        address(dvalues), address(dentropy), team(logprobs.numel()),
-    )  # fmt: skip
-
-
-def _loss_cuda(
-    logprobs, values, entropy, old_logprobs, old_values, advantages, returns, mask, denominator,
-    clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, loss, stats, dlogprobs, dvalues, dentropy,
-):  # fmt: skip
+def _loss_cpu(logprobs, *rest):
     size = logprobs.numel()
-    workspace = loss.new_empty(native.cuda.ppo_loss_workspace(size), dtype=torch.float64)
-    launch_cuda(
-        "ppo_loss", logprobs, address(logprobs), address(values), address(entropy), address(old_logprobs),
-        address(old_values), address(advantages), address(returns), address(mask), address(denominator), size,
-        clip_coef, vf_clip_coef, vf_coef, ent_coef, dual_clip, address(loss), address(stats), address(dlogprobs),
-        address(dvalues), address(dentropy), address(workspace),
-    )  # fmt: skip
+    _C.ppo_loss(size, logprobs, *rest, threads_for(size))
+
+
+def _loss_cuda(logprobs, *rest):
+    size = logprobs.numel()
+    workspace = cuda_workspace(OP, size, like=logprobs, dtype=torch.float64)
+    launch_cuda(OP, logprobs, size, logprobs, *rest, workspace)
 
 
 _loss = native_op(

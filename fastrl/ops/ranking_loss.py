@@ -20,9 +20,9 @@ from fastrl.checks import (
     has_values,
 )
 from fastrl.masked import compute_dtype
-from fastrl.ops import backend as native
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import _C, address, as_data, choose_for, launch_cuda, native_op, team, triton_kernel
+from fastrl.ops.backend import choose_for
+from fastrl.ops.native import _C, as_data, cuda_workspace, launch_cuda, native_op, threads_for, triton_kernel
 from fastrl.reference import ranking_loss as reference
 
 OP = "ranking_loss"
@@ -122,20 +122,15 @@ class _RankingLoss(torch.autograd.Function):
         return dscores * dloss, None, None, None, None, None
 
 
-def _loss_cpu(scores, group_ids, ranks, margins, center_coef, loss, stats, dscores):
-    _C.ranking_loss(
-        address(scores), address(group_ids), address(ranks), address(margins), scores.numel(), center_coef,
-        address(loss), address(stats), address(dscores), team(scores.numel()),
-    )  # fmt: skip
-
-
-def _loss_cuda(scores, group_ids, ranks, margins, center_coef, loss, stats, dscores):
+def _loss_cpu(scores, *rest):
     size = scores.numel()
-    workspace = loss.new_empty(native.cuda.ranking_loss_workspace(size), dtype=torch.float64)
-    launch_cuda(
-        "ranking_loss", scores, address(scores), address(group_ids), address(ranks), address(margins), size,
-        center_coef, address(loss), address(stats), address(dscores), address(workspace),
-    )  # fmt: skip
+    _C.ranking_loss(size, scores, *rest, threads_for(size))
+
+
+def _loss_cuda(scores, *rest):
+    size = scores.numel()
+    workspace = cuda_workspace(OP, size, like=scores, dtype=torch.float64)
+    launch_cuda(OP, scores, size, scores, *rest, workspace)
 
 
 _loss = native_op(

@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 
 from fastrl.checks import check, check_flag, check_float, check_ids, check_mask, check_range, debugging
-from fastrl.ops import backend as native
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import (
+from fastrl.ops.backend import choose
+from fastrl.ops.logit_options import check_logit_options, without_scale
+from fastrl.ops.native import (
     _C,
     DTYPE_CODES,
-    address,
-    choose,
+    cuda_workspace,
     empty_large,
     launch_cuda,
     native_op,
-    rows,
-    team,
+    row_layout,
+    threads_for,
     triton_kernel,
     with_simple_rows,
 )
-from fastrl.ops.logit_options import check_logit_options, without_scale
 from fastrl.reference import token_logprobs as reference
 
 OP = "token_logprobs"
@@ -77,16 +76,14 @@ def token_logprobs(
         )
     if backend != "cpu" and debugging():
         check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
-    run = _TokenLogprobs.apply if torch.is_grad_enabled() and logits.requires_grad else _evaluate
-    logprobs, entropy, *_ = run(
-        with_simple_rows(logits),
-        token_ids.long().contiguous(),
-        None if mask is None else mask.contiguous(),
-        *without_scale(temperature, logit_scale, softcap),
-        return_entropy,
-        backend,
-    )
-    return (logprobs, entropy) if return_entropy else logprobs
+    arguments = (
+        with_simple_rows(logits), token_ids.long().contiguous(), None if mask is None else mask.contiguous(),
+        *without_scale(temperature, logit_scale, softcap), return_entropy, backend,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _TokenLogprobs.apply(*arguments)
+    logprobs, entropy, _ = _evaluate(*arguments)
+    return logprobs if entropy is None else (logprobs, entropy)
 
 
 def _check(logits, token_ids, mask):
@@ -98,15 +95,12 @@ def _check(logits, token_ids, mask):
 
 
 def _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend):
-    """(logprobs, entropy, row_stats); entropy has no elements if it is not asked for."""
+    """(logprobs, entropy, row_stats); entropy is None if it is not asked for."""
     shape = logits.shape[:-1]
     logprobs = logits.new_empty(shape, dtype=torch.float32)
     row_stats = logits.new_empty((*shape, 2), dtype=torch.float32)
-    entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
-    _forward(
-        backend, logits, token_ids, mask, temperature, softcap,
-        logprobs, row_stats, entropy if return_entropy else None,
-    )  # fmt: skip
+    entropy = logits.new_empty(shape, dtype=torch.float32) if return_entropy else None
+    _forward(backend, logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy)
     return logprobs, entropy, row_stats
 
 
@@ -115,67 +109,52 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, backend):
         logprobs, entropy, row_stats = _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend)
         # Copies, as the caller may change the outputs in place.
-        kept_entropy = entropy.clone() if return_entropy else entropy
+        kept_entropy = None if entropy is None else entropy.clone()
         ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs.clone(), kept_entropy)
-        ctx.options = (temperature, softcap, return_entropy, backend)
+        ctx.options = (temperature, softcap, backend)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return logprobs if entropy is None else (logprobs, entropy)
 
     @staticmethod
     @differentiable_once(OP)
-    def backward(ctx, dlogprobs, dentropy):
+    def backward(ctx, dlogprobs, dentropy=None):
         logits, token_ids, mask, row_stats, logprobs, entropy = ctx.saved_tensors
-        temperature, softcap, return_entropy, backend = ctx.options
+        temperature, softcap, backend = ctx.options
         dlogits = None
         if ctx.needs_input_grad[0] and not (dlogprobs is None and dentropy is None):
-            with_entropy = return_entropy and dentropy is not None
             if dlogprobs is None:
                 dlogprobs = torch.zeros_like(logprobs)
             dlogits = empty_large(logits.shape, like=logits)
             _backward(
-                backend, logits, token_ids, mask, row_stats, logprobs, entropy,
-                dlogprobs.contiguous(), dentropy.contiguous() if with_entropy else None,
-                temperature, softcap, dlogits,
+                backend, logits, token_ids, mask, temperature, softcap, row_stats, logprobs, entropy,
+                dlogprobs.contiguous(), None if dentropy is None else dentropy.contiguous(), dlogits,
             )  # fmt: skip
         return dlogits, None, None, None, None, None, None
 
 
-def _forward_cpu(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
-    _C.token_logprobs_fwd(
-        rows(logits), address(token_ids), address(mask), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy),
-        team(logits.numel()),
-    )  # fmt: skip
+def _forward_cpu(logits, *rest):
+    _C.token_logprobs_fwd(*_native_arguments(logits, *rest), threads_for(logits.numel()))
 
 
-def _backward_cpu(
-    logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits
-):
-    _C.token_logprobs_bwd(
-        rows(logits), address(token_ids), address(mask), address(row_stats), address(logprobs), address(entropy),
-        address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, rows(dlogits), team(logits.numel()),
-    )  # fmt: skip
+def _backward_cpu(logits, *rest):
+    *rest, dlogits = _native_arguments(logits, *rest)
+    _C.token_logprobs_bwd(*rest, row_layout(dlogits), threads_for(logits.numel()))
 
 
-def _forward_cuda(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
-    count, vocab = token_ids.numel(), logits.shape[-1]
-    size = native.cuda.token_logprobs_workspace(count, vocab, DTYPE_CODES[logits.dtype])
-    workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
-    launch_cuda(
-        "token_logprobs_fwd", logits, rows(logits), address(token_ids), address(mask), count, vocab,
-        1.0 / temperature, softcap, address(logprobs), address(row_stats), address(entropy), address(workspace),
-    )  # fmt: skip
+def _forward_cuda(logits, token_ids, *rest):
+    sizes = (token_ids.numel(), logits.shape[-1], DTYPE_CODES[logits.dtype])
+    workspace = cuda_workspace("token_logprobs", *sizes, like=logits, dtype=torch.uint8)
+    launch_cuda("token_logprobs_fwd", logits, *_native_arguments(logits, token_ids, *rest), workspace)
 
 
-def _backward_cuda(
-    logits, token_ids, mask, row_stats, logprobs, entropy, dlogprobs, dentropy, temperature, softcap, dlogits
-):
-    launch_cuda(
-        "token_logprobs_bwd", logits, rows(logits), address(token_ids), address(mask), address(row_stats),
-        address(logprobs), address(entropy), address(dlogprobs), address(dentropy), token_ids.numel(), logits.shape[-1],
-        1.0 / temperature, softcap, rows(dlogits),
-    )  # fmt: skip
+def _backward_cuda(logits, *rest):
+    *rest, dlogits = _native_arguments(logits, *rest)
+    launch_cuda("token_logprobs_bwd", logits, *rest, row_layout(dlogits))
+
+
+def _native_arguments(logits, token_ids, mask, temperature, *rest):
+    """With sizes in front, rows where they begin, and the inverse of the temperature."""
+    return token_ids.numel(), logits.shape[-1], row_layout(logits), token_ids, mask, 1.0 / temperature, *rest
 
 
 _forward = native_op(
@@ -186,7 +165,7 @@ _forward = native_op(
 )
 _backward = native_op(
     "token_logprobs_bwd",
-    "Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_stats, Tensor logprobs, Tensor entropy, "
-    "Tensor dlogprobs, Tensor? dentropy, float temperature, float softcap, Tensor(a!) dlogits",
+    "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, Tensor row_stats, "
+    "Tensor logprobs, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, Tensor(a!) dlogits",
     {"cpu": _backward_cpu, "cuda": _backward_cuda, "triton": triton_kernel(OP, "backward")},
 )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
@@ -21,20 +20,21 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastrl.data import Preference, load_preferences, shuffled_batches, split_holdout
+from fastrl.data import Preference, load_preferences, shuffled_batches
 from fastrl.data.batches import chunks, ranking_batch
+from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import (
-    LoRASettings,
-    add_lora,
-    base_model,
+    Scorer,
     check_context,
-    check_lora,
-    default_device,
+    check_tuner,
     last_token_scores,
     load_tokenizer,
+    saves_adapter,
     start_scalar_model,
+    tune,
 )
+from fastrl.models.heads import normalize_head
 from fastrl.models.probe import check_scalar
 from fastrl.models.saving import save_merged_base, save_model
 from fastrl.models.score_heads import pad_apart, set_pad_token
@@ -42,53 +42,25 @@ from fastrl.ops import ranking_loss
 from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
 from fastrl.run.metrics import MetricsLog, peak_memory_gib
-from fastrl.run.optim import SCHEDULES, check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.run.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
 from fastrl.run.output import check_output, claim_output
 from fastrl.run.resume import Run, step_seed
+from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
 from fastrl.train.losses import reward_loss
 
 
-@dataclass(frozen=True)
-class RewardConfig:
-    """Settings of reward-model training."""
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings, DataSettings, RunSettings):
+    """Reward model"""
 
     model: str = option(MISSING, "causal LM or reward model to start from: folder or hub id", path=True)
-    data: list[str] | str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     output: str = option("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl", path=True)
-    eval_data: list[str] | str = option("", "held-out preferences; empty: split off `holdout` of data")
-    holdout: float = option(0.05, "share of data held out for evaluation", at_least=0, below=1)
-    eval_limit: int = option(500, "held-out items evaluated at most; 0: all", at_least=0)
-    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
-    max_bad_records: float = option(
-        0.01, "share of unusable records that is left out; ten always are, at 0 none", at_least=0, at_most=1
-    )
-    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
-    max_length: int = option(1024, "longest prompt + response in tokens", at_least=2)
-    epochs: int = option(1, "passes over the data; more than one overfits quickly", at_least=1)
-    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need", at_least=0)
+    data: list[str] | str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     batch_size: int = option(16, "prompts per optimizer step, each with all its responses", at_least=1)
-    micro_batch_size: int = option(4, "prompts per forward pass; does not change the result", at_least=1)
     learning_rate: float = option(1e-4, "peak learning rate (about 1e-5 for full fine-tuning)", above=0)
-    schedule: str = option("cosine", "constant, linear or cosine decay to 0", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(10, "optimizer steps of linear warm-up", at_least=0)
-    weight_decay: float = option(0.0, "AdamW weight decay on matrices", at_least=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped", at_least=0)
-    center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0", at_least=0)
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)", at_least=0)
-    lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank", at_least=1)
-    lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
-    lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
-    dtype: str = option(
-        "float32", "weights: float32 or bfloat16 (the score head is float32)", choices=("float32", "bfloat16")
-    )
-    device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    seed: int = option(0, "same seed, same run; on CPU bit for bit", at_least=0, below=2**32)
-    eval_every: int = option(50, "optimizer steps between evaluations; 0: at start and end only", at_least=0)
-    save_every: int = option(100, "optimizer steps between checkpoints; 0: none", at_least=0)
-    resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
+    center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0", at_least=0)
     normalize_prompts: int = option(2000, "training prompts that set mean and variance; 0: all", at_least=0)
-    samples: int = option(2, "held-out prompts whose scored answers are printed at evaluations", at_least=0)
 
 
 @torch.no_grad()
@@ -119,7 +91,7 @@ def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[s
 def report_held_out(
     log: MetricsLog,
     step: int,
-    model: Any,
+    scorer: Scorer,
     tokenizer: Any,
     held_out: Sequence[Preference],
     cfg: RewardConfig,
@@ -127,7 +99,7 @@ def report_held_out(
     """Held-out loss and accuracy, and scored answers to the first few prompts; {} if none."""
     if not held_out:
         return {}
-    scores = score_preferences(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     metrics = ranking_metrics(scores, held_out)
     check_finite(metrics["eval_loss"], step, last_checkpoint(cfg.output))
     log.write(step, "eval", **metrics)
@@ -140,12 +112,11 @@ def report_held_out(
     return metrics
 
 
-@torch.no_grad()
 def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
     """Make the given scores of `model` have mean 0 and (population) variance 1.
 
     score' = (score - mean) / std: the gain is folded into the head's weight, the bias is kept in
-    the config, where it is subtracted from the head's output by `models.token_scores`.
+    the config, where it is subtracted from the head's output by `Scorer.forward`.
     """
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     if not std > 1e-6:
@@ -153,10 +124,7 @@ def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
             f"normalize_scores: scores: expected some variance, got mean {mean}, std {std}:"
             " the reward model tells no responses apart; train longer or check the preferences"
         )
-    base: Any = base_model(model)
-    base.score.weight.div_(std)
-    base.config.fastrl_score_bias = (getattr(base.config, "fastrl_score_bias", 0.0) + mean) / std
-    base.config.fastrl_score_mean, base.config.fastrl_score_std = mean, std
+    normalize_head(model, [mean], [std])
     return {"score_mean": mean, "score_std": std}
 
 
@@ -180,59 +148,41 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
-    lora = LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-    if cfg.lora_rank > 0:
-        check_lora(model, lora)
+    check_tuner(model, cfg)
 
     # 3 data
-    load = partial(
-        load_preferences,
-        tokenizer=tokenizer,
-        max_length=cfg.max_length,
-        template=cfg.template,
-        columns=cfg.columns,
-        max_bad_records=cfg.max_bad_records,
-    )
-    train, report = load(cfg.data)
-    print(report)
-    if cfg.eval_data:
-        held_out, report = load(cfg.eval_data)
-        print(report)
-    else:
-        train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
+    train, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
-    # 4 adapters, optimizer and schedule; the folder is this run's once nothing can be refused
+    # 4 tuner, optimizer and schedule; the folder is this run's once nothing can be refused
     total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
     claim_output(cfg)
-    if cfg.lora_rank > 0:
+    if saves_adapter(cfg):
         save_merged_base(model, tokenizer, cfg.output)
-        model = add_lora(model, lora)
-    if cfg.gradient_checkpointing:
-        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    scorer = Scorer(tune(model, cfg))
+    optimizer = make_optimizer(scorer, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
     schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
     batches = chain.from_iterable(
         shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
     )
 
-    run = Run(cfg, [model], [optimizer], [schedule])
+    run = Run(cfg, [scorer.model], [optimizer], [schedule])
     done = run.start()
 
     with MetricsLog(cfg.output, total=total, title="reward", done=done) as log:
         if done == 0:
-            report_held_out(log, 0, model, tokenizer, held_out, cfg)
+            report_held_out(log, 0, scorer, tokenizer, held_out, cfg)
         for step, indices in islice(zip(range(1, total + 1), batches, strict=False), done, None):
             start = time.perf_counter()
             torch.manual_seed(step_seed(cfg.seed, step))  # a step's dropout depends on no earlier step
-            model.train()
+            scorer.train()
 
             # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
             prompts = sorted((train[i] for i in indices), key=_length)
             losses, scores = [], []
             for micro in chunks(prompts, cfg.micro_batch_size):
-                batch = ranking_batch(micro, tokenizer.pad_token_id, model.device)
-                micro_loss, micro_scores = reward_loss(model, batch, center_coef=cfg.center_coef)
+                batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device)
+                micro_loss, micro_scores = reward_loss(scorer, batch, center_coef=cfg.center_coef)
                 micro_loss = micro_loss * (len(micro) / len(prompts))
                 micro_loss.backward()
                 losses.append(micro_loss.detach())
@@ -242,11 +192,11 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
 
             # 6 keep the weights that gave this finite loss
             if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
-                run.save(save_checkpoint(model, tokenizer, cfg.output, step - 1), step - 1)
+                run.save(save_checkpoint(scorer.model, tokenizer, cfg.output, step - 1), step - 1)
 
             # 7 update
             lr = optimizer.param_groups[0]["lr"]
-            grad_norm = optimizer_step(model, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
+            grad_norm = optimizer_step(scorer, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
 
             # 8 report
             seconds = time.perf_counter() - start
@@ -256,19 +206,19 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens_per_s": sum(_tokens(p) for p in prompts) / seconds,
-                "peak_mem_gib": peak_memory_gib(model.device),
+                "peak_mem_gib": peak_memory_gib(scorer.device),
             }
             log.write(step, **metrics)
             if cfg.eval_every and step % cfg.eval_every == 0 and step < total:
-                report_held_out(log, step, model, tokenizer, held_out, cfg)
+                report_held_out(log, step, scorer, tokenizer, held_out, cfg)
 
         # 9 evaluate, normalise and save
-        metrics |= report_held_out(log, total, model, tokenizer, held_out, cfg)
+        metrics |= report_held_out(log, total, scorer, tokenizer, held_out, cfg)
         indices = next(shuffled_batches(len(train), cfg.normalize_prompts or len(train), seed=cfg.seed, epoch=0))
         seen = [train[i] for i in indices]
-        raw = score_preferences(model, seen, tokenizer.pad_token_id, cfg.micro_batch_size)
-        metrics |= normalize_scores(model, raw)
-        save_model(model, tokenizer, cfg.output)
+        raw = score_preferences(scorer, seen, tokenizer.pad_token_id, cfg.micro_batch_size)
+        metrics |= normalize_scores(scorer.model, raw)
+        save_model(scorer.model, tokenizer, cfg.output)
     return {"steps": total, "output": cfg.output, **metrics}
 
 

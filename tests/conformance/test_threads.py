@@ -6,7 +6,7 @@ import pytest
 import torch
 from conformance.calls import Call, all_calls, assert_same, evaluate, label
 
-from fastrl.ops import backend
+from fastrl.ops import native
 
 # Large enough that every kernel shares its work among threads.
 PRODUCTS = [call for call in all_calls(batch=16, tokens=65, vocab=61, width=16) if not call.exact]
@@ -17,7 +17,7 @@ CALLS = [call for call in PRODUCTS + ROWS if call.backend != "reference"]
 @pytest.mark.parametrize("call", CALLS, ids=label)
 def test_same_result_for_any_number_of_threads(call: Call, monkeypatch: pytest.MonkeyPatch):
     """T15, pitfall 44: two runs give the same bits; so do 1, 2 and 3 threads, library products to rounding."""
-    monkeypatch.setattr(backend, "ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr(native, "ELEMENTS_PER_THREAD", 1)
     expected = evaluate(call)
     for count in (2, 3):
         torch.set_num_threads(count)

@@ -13,7 +13,7 @@ import torch
 from gpus import HAS_GPU
 from interpreter import amend
 
-from fastrl.ops import backend
+from fastrl.ops import backend, native
 
 amend()
 HERE = Path(__file__).parent
@@ -49,7 +49,8 @@ def gpu_backend(request, monkeypatch) -> str:
             pytest.skip("fastrl was built without CUDA")
         return name
     if name == "cuda":
-        monkeypatch.setattr(backend, "cuda", request.getfixturevalue("host_cuda_kernels"))
+        for module in (backend, native):
+            monkeypatch.setattr(module, "cuda", request.getfixturevalue("host_cuda_kernels"))
     monkeypatch.setitem(backend.DEVICES, name, ("cuda", "cpu"))
     return name
 

@@ -10,7 +10,7 @@ from conformance.calls import Call, all_calls, evaluate, label
 from gpus import HAS_GPU
 
 from fastrl.kernels.launch import launch
-from fastrl.ops import backend
+from fastrl.ops import backend, native
 
 REFERENCE = all_calls(backends=("reference",))
 GPU = torch.device("cuda", 0)
@@ -19,15 +19,15 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def hopper(monkeypatch):
     """A machine with a GPU as far as dispatch can see: native kernels and a driver for them."""
-    native = SimpleNamespace(cuda_driver_version=lambda: 13000, cuda_runtime_version=lambda: 13000)
-    native.cuda_architectures = "80-real,86-real,89-real,90a-real,100"
+    module = SimpleNamespace(cuda_driver_version=lambda: 13000, cuda_runtime_version=lambda: 13000)
+    module.cuda_architectures = "80-real,86-real,89-real,90a-real,100"
     monkeypatch.setattr(backend, "cuda", object())
-    monkeypatch.setattr(backend, "_C", native)
+    monkeypatch.setattr(backend, "_C", module)
     monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
     caches = backend._driver_problem, backend._build_problem
     for cached in caches:
         cached.cache_clear()
-    yield native
+    yield module
     for cached in caches:
         cached.cache_clear()
 
@@ -108,9 +108,9 @@ def test_float64_goes_to_the_reference(hopper):
 
 
 def launch_cuda(monkeypatch, tensor, kernel):
-    monkeypatch.setattr(backend, "raw_stream", lambda index: 100 + index)
-    monkeypatch.setattr(backend, "cuda", SimpleNamespace(kernel=kernel))
-    backend.launch_cuda("kernel", tensor, 5)
+    monkeypatch.setattr(native, "raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(native, "cuda", SimpleNamespace(kernel=kernel))
+    native.launch_cuda("kernel", tensor, 5)
 
 
 def launch_triton(monkeypatch, tensor, kernel):

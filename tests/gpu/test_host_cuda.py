@@ -11,7 +11,7 @@ from gpu import every_op
 from gpus import HAS_GPU
 from once import once
 
-from fastrl.ops import backend
+from fastrl.ops import backend, native
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernels run there, under compute-sanitizer")
 
@@ -61,7 +61,9 @@ def test_every_op_reaches_every_kernel(host_cuda_kernels, monkeypatch):
         return lambda *args: called.add(name) or function(*args)
 
     offered = {name for name in dir(host_cuda_kernels) if not name.startswith("_") and name != "device"}
-    monkeypatch.setattr(backend, "cuda", SimpleNamespace(**{name: noted(name) for name in offered}))
+    kernels = SimpleNamespace(**{name: noted(name) for name in offered})
+    for module in (backend, native):
+        monkeypatch.setattr(module, "cuda", kernels)
     monkeypatch.setitem(backend.DEVICES, "cuda", ("cuda", "cpu"))
     monkeypatch.setattr(every_op, "SHAPES", [shape for shape in every_op.SHAPES if shape["tokens"] < 1000])  # slow here
     host_cuda_kernels.device.take_launches()

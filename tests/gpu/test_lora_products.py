@@ -7,8 +7,8 @@ import torch
 from oracle import assert_as_accurate
 
 from fastrl.constants import dropout_threshold
-from fastrl.ops import backend
-from fastrl.ops.backend import DTYPE_CODES, address, launch_cuda
+from fastrl.ops import native
+from fastrl.ops.native import DTYPE_CODES, launch_cuda
 from fastrl.reference.lora_linear import dropout_keep
 
 DROPOUT = 0.3
@@ -39,8 +39,8 @@ def case(rows, cols, rank, dtype, device, dropout=DROPOUT):
 def down(x, lora_a, seed, dropout=DROPOUT):
     out = x.new_full((len(x), len(lora_a)), torch.nan)
     launch_cuda(
-        "lora_down", x, address(x), x.stride(0), address(lora_a), DTYPE_CODES[x.dtype], *x.shape, len(lora_a),
-        address(seed), dropout_threshold(dropout), address(out),
+        "lora_down", x, x, x.stride(0), lora_a, DTYPE_CODES[x.dtype], *x.shape, len(lora_a),
+        seed, dropout_threshold(dropout), out,
     )  # fmt: skip
     return out
 
@@ -48,10 +48,10 @@ def down(x, lora_a, seed, dropout=DROPOUT):
 def da(x, ddown, seed, dropout=DROPOUT):
     rank = ddown.shape[1]
     out = x.new_full((rank, x.shape[1]), torch.nan)
-    workspace = x.new_full((backend.cuda.lora_da_workspace(*x.shape, rank),), torch.nan, dtype=torch.float32)
+    workspace = x.new_full((native.cuda.lora_da_workspace(*x.shape, rank),), torch.nan, dtype=torch.float32)
     launch_cuda(
-        "lora_da", x, address(x), x.stride(0), address(ddown), DTYPE_CODES[x.dtype], *x.shape, rank, address(seed),
-        dropout_threshold(dropout), address(workspace), address(out),
+        "lora_da", x, x, x.stride(0), ddown, DTYPE_CODES[x.dtype], *x.shape, rank, seed,
+        dropout_threshold(dropout), workspace, out,
     )  # fmt: skip
     return out
 
@@ -59,8 +59,8 @@ def da(x, ddown, seed, dropout=DROPOUT):
 def dx(ddown, lora_a, seed, dropout=DROPOUT):
     out = ddown.new_full((len(ddown), lora_a.shape[1]), torch.nan)
     launch_cuda(
-        "lora_dx", ddown, address(ddown), address(lora_a), DTYPE_CODES[ddown.dtype], *out.shape, len(lora_a),
-        address(seed), dropout_threshold(dropout), address(out),
+        "lora_dx", ddown, ddown, lora_a, DTYPE_CODES[ddown.dtype], *out.shape, len(lora_a),
+        seed, dropout_threshold(dropout), out,
     )  # fmt: skip
     return out
 
@@ -110,11 +110,11 @@ def up_backward(dy, down, lora_b, scaling=0.5):
     (rows, cols), rank = dy.shape, down.shape[1]
     ddown = dy.new_full((rows, rank + 3), torch.nan)[:, 1 : rank + 1]
     db = torch.full_like(lora_b, torch.nan)
-    floats = backend.cuda.lora_up_backward_workspace(rows, cols, rank)
+    floats = native.cuda.lora_up_backward_workspace(rows, cols, rank)
     workspace = dy.new_full((floats,), torch.nan, dtype=torch.float32)
     launch_cuda(
-        "lora_up_backward", dy, address(dy), address(down), down.stride(0), address(lora_b), DTYPE_CODES[dy.dtype],
-        rows, cols, rank, scaling, address(workspace), address(ddown), ddown.stride(0), address(db),
+        "lora_up_backward", dy, dy, down, down.stride(0), lora_b, DTYPE_CODES[dy.dtype],
+        rows, cols, rank, scaling, workspace, ddown, ddown.stride(0), db,
     )  # fmt: skip
     return ddown, db
 

@@ -10,7 +10,7 @@ from gpus import HAS_GPU
 from oracle import DTYPES, assert_as_accurate
 
 from fastrl.kernels import token_logprobs as kernels
-from fastrl.ops import backend, token_logprobs
+from fastrl.ops import backend, native, token_logprobs
 from fastrl.ops.token_logprobs import _backward, _forward
 
 UNSPECIALISED = ("inner", "pieces")  # do_not_specialize of the kernels
@@ -241,18 +241,19 @@ def test_split_rows_have_the_bits_of_whole_ones(request, monkeypatch, dtype):
     if HAS_GPU:
         pytest.skip("test_batch_invariance does it on the device")
     host_cuda_kernels = request.getfixturevalue("host_cuda_kernels")
-    monkeypatch.setattr(backend, "cuda", host_cuda_kernels)
+    for module in (backend, native):
+        monkeypatch.setattr(module, "cuda", host_cuda_kernels)
     monkeypatch.setitem(backend.DEVICES, "cuda", ("cuda", "cpu"))
     logits, ids, _ = case(2, 33000, dtype, "cpu")
-    assert host_cuda_kernels.token_logprobs_workspace(2, 33000, backend.DTYPE_CODES[dtype]) > 0
-    assert host_cuda_kernels.token_logprobs_workspace(1024, 33000, backend.DTYPE_CODES[dtype]) == 0
+    assert host_cuda_kernels.token_logprobs_workspace(2, 33000, native.DTYPE_CODES[dtype]) > 0
+    assert host_cuda_kernels.token_logprobs_workspace(1024, 33000, native.DTYPE_CODES[dtype]) == 0
     split = token_logprobs(logits, ids, return_entropy=True, backend="cuda")
 
     class NeverSplit:
         token_logprobs_workspace = staticmethod(lambda *args: 0)
         token_logprobs_fwd = staticmethod(host_cuda_kernels.token_logprobs_fwd)
 
-    monkeypatch.setattr(backend, "cuda", NeverSplit)
+    monkeypatch.setattr(native, "cuda", NeverSplit)
     whole = token_logprobs(logits, ids, return_entropy=True, backend="cuda")
     for a, b in zip(split, whole, strict=True):
         assert torch.equal(a, b)
@@ -283,7 +284,7 @@ def test_gradient_in_place(gpu_backend, device):
     logprobs, entropy = torch.empty(2, 3, device=device)
     row_stats = torch.empty(3, 2, device=device)
     _forward(gpu_backend, logits, ids, mask, 0.8, 0.0, logprobs, row_stats, entropy)
-    upstream = (row_stats, logprobs, entropy, dlogprobs, dlogprobs, 0.8, 0.0)
+    upstream = (0.8, 0.0, row_stats, logprobs, entropy, dlogprobs, dlogprobs)
     apart = torch.empty_like(values)
     _backward(gpu_backend, logits, ids, mask, *upstream, apart)
     assert torch.equal(logits, values)

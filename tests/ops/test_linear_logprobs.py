@@ -354,12 +354,12 @@ def test_opcheck():
     head = (case.hidden, case.weight, case.token_ids, None, case.bias, case.lora_a, case.lora_b, 0.5, 1.0, 0.0)
     logprobs, stats, entropy, directions = torch.empty(4), torch.empty(4, 2), torch.empty(4), torch.empty(2, 4, 41)
     outputs = (logprobs, stats, entropy, directions[0].clone(), directions[1].clone())
-    torch.library.opcheck(torch.ops.fastrl.linear_logprobs_fwd.default, ("cpu", *head, *outputs))
+    torch.library.opcheck(torch.ops.fastrl.linear_head_fwd.default, ("cpu", *head, *outputs, *[None] * 4))
     results = (stats, logprobs, entropy, case.upstream[0], case.upstream[1].clone())
     gradients = (torch.empty(11, 37), torch.empty(11), torch.empty(11, 4))
-    torch.library.opcheck(torch.ops.fastrl.linear_logprobs_bwd_weights.default, ("cpu", *head, *results, *gradients))
+    torch.library.opcheck(torch.ops.fastrl.linear_head_bwd_weights.default, ("cpu", *head, *results, *gradients))
     scaled = (*outputs[3:], None, case.upstream[0], case.upstream[1].clone(), torch.empty(4, 41))
-    torch.library.opcheck(torch.ops.fastrl.linear_logprobs_bwd_hidden.default, ("cpu", *scaled))
+    torch.library.opcheck(torch.ops.fastrl.linear_head_bwd_hidden.default, ("cpu", *scaled))
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])

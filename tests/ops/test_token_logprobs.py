@@ -244,7 +244,7 @@ def test_opcheck():
     logprobs, stats = torch.empty(4), torch.empty(4, 2)
     args = ("cpu", logits, ids, None, 1.0, 0.0, logprobs, stats, None)
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, args)
-    back = ("cpu", logits, ids, None, stats, logprobs, torch.empty(0), dlogprobs, None, 1.0, 0.0, torch.empty(4, 11))
+    back = ("cpu", logits, ids, None, 1.0, 0.0, stats, logprobs, None, dlogprobs, None, torch.empty(4, 11))
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, back)
 
 

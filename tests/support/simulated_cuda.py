@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastrl import checks
-from fastrl.ops import backend
+from fastrl.ops import backend, native
 
 DEVICE = torch.device("cuda:0")
 WIDE_PRODUCTS = (torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out)
@@ -138,13 +138,14 @@ class _Functions(TorchFunctionMode):
 
 def use_kernels(monkeypatch, kernels) -> None:
     """Dispatch takes the simulated device for a GPU that runs `kernels`, the CUDA kernels compiled for the host."""
-    monkeypatch.setattr(backend, "cuda", kernels)
+    for module in (backend, native):
+        monkeypatch.setattr(module, "cuda", kernels)
     harmless = checks._is_harmless_subclass
     monkeypatch.setattr(checks, "_is_harmless_subclass", lambda x: isinstance(x, OnDevice) or harmless(x))
     for problem in ("driver_problem", "build_problem"):
         monkeypatch.setattr(backend, problem, lambda *args: "")
     monkeypatch.setattr(backend, "compute_capability", lambda index: (9, 0))
-    monkeypatch.setattr(backend, "raw_stream", lambda index: 0)
+    monkeypatch.setattr(native, "raw_stream", lambda index: 0)
 
 
 @contextmanager
