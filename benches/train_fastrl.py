@@ -17,11 +17,13 @@ from fastrl.benches.train_workload import Settings, clock, peak_mib, read
 from fastrl.data import Example, pad
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
+from fastrl.models.lora import lora_settings
 from fastrl.rollout import Trajectory
-from fastrl.run.metrics import PhaseTimer
 from fastrl.run.optim import make_optimizer, optimizer_step
 from fastrl.train import ppo
+from fastrl.train.experience import make_experience
 from fastrl.train.losses import sft_loss
+from fastrl.train.roles import add_adapters, load_roles
 
 
 def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
@@ -43,22 +45,21 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
         dtype=settings.dtype,
     )
     tokenizer = load_tokenizer(cfg.model)
-    roles = ppo.load_roles(cfg, tokenizer)
-    if rank > 0:
-        roles = ppo.add_adapters(roles, tokenizer, cfg)
+    lora = lora_settings(cfg)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=cfg.device)
+    if lora:
+        roles = add_adapters(roles, tokenizer, output, lora)
     optimizers = [make_optimizer(model, learning_rate=settings.learning_rate) for model in (roles.policy, roles.critic)]
     trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
-    mask = trajectory.response_mask
     seconds, check = [], {}
     for iteration in range(settings.iterations + 1):
         start = clock(settings.device)
-        assessed = ppo.assess(roles, trajectory, cfg, PhaseTimer())
-        shaped = ppo.shape(assessed, mask, cfg)
-        experience = ppo.Experience(*trajectory[:2], mask, assessed.logprobs, assessed.values, *shaped[:2])
-        ppo.update(roles, optimizers, experience, cfg, iteration)
+        scored = ppo.score_samples(roles, trajectory, cfg)
+        shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg)
+        ppo.update(roles, optimizers, make_experience(trajectory, scored, shaped), cfg, iteration)
         seconds.append(clock(settings.device) - start)
         if iteration == 0:
-            check = {"surprisal": float(-assessed.logprobs.sum(1).mean()), "score": float(assessed.scores.mean())}
+            check = {"surprisal": float(-scored.logprobs.sum(1).mean()), "score": float(scored.scores.mean())}
     return seconds[1:], check
 
 

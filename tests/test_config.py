@@ -238,3 +238,21 @@ def test_every_number_of_the_loops_has_bounds(settings):
     for name in ("model", "output", "reward_model"):  # sources of data are expanded where they are read
         found = [item.metadata["path"] for item in fields(settings) if item.name == name]
         assert all(found)
+
+
+@pytest.mark.parametrize("settings", [sft.SFTConfig, reward.RewardConfig, ppo.PPOConfig])
+def test_help_shows_the_loops_options_in_groups(settings, capsys):
+    with pytest.raises(SystemExit):
+        parse(settings, ["--help"], prog="fastrl loop")
+    text = capsys.readouterr().out
+    groups = [f"{base.__doc__}:" for base in reversed(settings.__mro__[:-1])]
+    places = [text.index(f"\n{group}\n") for group in groups]
+    assert places == sorted(places)
+    # a restated option stays among its neighbours
+    assert places[groups.index("Run:")] < text.index("--output ") < places[groups.index("Data:")]
+
+
+@pytest.mark.parametrize("group", {base for loop in (sft.SFTConfig, ppo.PPOConfig) for base in loop.__mro__[1:-1]})
+def test_a_group_of_settings_is_small_and_has_no_behaviour(group):
+    assert len(group.__annotations__) <= 8
+    assert not [name for name, value in vars(group).items() if callable(value) and not name.startswith("__")]

@@ -1,4 +1,4 @@
-"""Items in batches: held-out shares, shuffled order, padding, micro-batches."""
+"""Items in batches: shuffled order, padding, micro-batches."""
 
 from __future__ import annotations
 
@@ -12,23 +12,6 @@ from torch import Tensor
 from fastrl.data.load import Example, Preference
 
 Item = TypeVar("Item")
-
-
-def split_holdout(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(train, held_out): a random share of the items set aside, both in their original order.
-
-    `fraction` in [0, 1); above 0 at least one item is held out, and at least one stays.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"holdout fraction must be in [0, 1), got {fraction}")
-    if fraction == 0:
-        return list(items), []
-    if len(items) < 2:
-        raise ValueError(f"cannot hold out a share of {len(items)} items; need at least 2")
-    count = min(max(round(len(items) * fraction), 1), len(items) - 1)
-    held = set(random.Random(seed).sample(range(len(items)), count))
-    train = [item for index, item in enumerate(items) if index not in held]
-    return train, [items[index] for index in sorted(held)]
 
 
 def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:

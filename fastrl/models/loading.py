@@ -56,15 +56,15 @@ def default_device() -> str:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The named device.
+    """The named device; `auto` is cuda where there is one, else cpu.
 
     Raises:
         ValueError: there is no such kind of device, or torch sees no GPU.
     """
     try:
-        found = torch.device(device)
+        found = torch.device(default_device() if device == "auto" else device)
     except RuntimeError as error:
-        raise ValueError(f"device: expected cpu or cuda, got {device!r}") from error
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected cpu, got {found}: torch sees no GPU here; `fastrl doctor` says why")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import transformers
@@ -16,6 +16,18 @@ class LoRASettings(NamedTuple):
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+
+
+def lora_settings(settings: Any) -> LoRASettings | None:
+    """The adapters that a loop's settings (`run.settings.TunerSettings`) ask for; None for full fine-tuning."""
+    if settings.lora_rank == 0:
+        return None
+    return LoRASettings(
+        settings.lora_rank,
+        settings.lora_alpha or 2 * settings.lora_rank,
+        getattr(settings, "lora_dropout", 0.0),
+        settings.lora_targets,
+    )
 
 
 def add_lora(model: transformers.PreTrainedModel, settings: LoRASettings) -> peft.PeftModel:

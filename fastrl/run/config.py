@@ -1,4 +1,4 @@
-"""Configuration: a flat dataclass filled from a YAML file and the command line.
+"""Configuration: a flat dataclass, or a sum of them, filled from a YAML file and the command line.
 
     fastrl sft --config run.yaml --learning_rate 1e-4
 
@@ -79,7 +79,8 @@ def parse(
 
     Later wins: field defaults, then `--config FILE` (YAML), then `--key value` or `--key=value`.
     `--learning-rate` and `--learning_rate` are the same key. `--help` shows each field's
-    `field(metadata={"help": ...})`; `--print-config` prints the YAML that would be used.
+    `field(metadata={"help": ...})`, in groups that the docstrings of the class and its bases name;
+    `--print-config` prints the YAML that would be used.
 
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type (with expected and got),
@@ -142,8 +143,11 @@ def _parser(config_class: type, prog: str, description: str) -> jsonargparse.Arg
         metavar="FILE",
         help="YAML file with any of the keys below; what comes later on the command line wins",
     )
-    hints = get_type_hints(config_class)
+    hints, groups = get_type_hints(config_class), {}
     for item in fields(config_class):
+        owner = _introduced_in(config_class, item.name)
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(owner.__doc__)
         text = item.metadata.get("help", "")
         options: dict[str, Any] = {"type": hints[item.name], "help": text}
         if _required(item):
@@ -151,8 +155,13 @@ def _parser(config_class: type, prog: str, description: str) -> jsonargparse.Arg
         else:
             factory = item.default_factory
             options["default"] = item.default if factory is MISSING else factory()
-        parser.add_argument(f"--{item.name}", **options)
+        groups[owner].add_argument(f"--{item.name}", **options)
     return parser
+
+
+def _introduced_in(config_class: type, name: str) -> type:
+    """The class of a field; one that is restated stays in the class, and so in the group of `--help`, it came from."""
+    return next(owner for owner in reversed(config_class.__mro__) if name in owner.__dict__.get("__annotations__", {}))
 
 
 def _required(item: Field[Any]) -> bool:

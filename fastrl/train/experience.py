@@ -1,4 +1,4 @@
-"""What PPO computes on rows of experience: chunks without padding, scores, log-probs, values, summaries."""
+"""Trajectories and what is computed on their rows: chunks without padding, scores, log-probs, values, summaries."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from fastrl.data import shuffled_batches
 from fastrl.models import last_token_scores, response_logprobs, token_scores
-from fastrl.ops import AdvantageStats, PPOStats
+from fastrl.ops import Advantages, AdvantageStats, PPOStats
 from fastrl.rollout import Trajectory
+
+
+class ScoredTrajectory(NamedTuple):
+    """What the four models say about a trajectory before the update."""
+
+    scores: Tensor  # (B,)
+    logprobs: Tensor  # (B, R)
+    entropy: Tensor  # (B, R)
+    ref_logprobs: Tensor  # (B, R)
+    values: Tensor  # (B, R)
 
 
 class Experience(NamedTuple):
@@ -27,10 +37,23 @@ class Experience(NamedTuple):
     returns: Tensor  # (B, R)
 
 
+def make_experience(trajectory: Trajectory, scored: ScoredTrajectory, shaped: Advantages) -> Experience:
+    """What an update learns from a trajectory, its scores and its advantages."""
+    return Experience(
+        input_ids=trajectory.input_ids,
+        attention_mask=trajectory.attention_mask,
+        response_mask=trajectory.response_mask,
+        old_logprobs=scored.logprobs,
+        old_values=scored.values,
+        advantages=shaped.advantages,
+        returns=shaped.returns,
+    )
+
+
 Rows = TypeVar("Rows", Trajectory, Experience)
 
 
-def take_rows(batch: Rows, rows: Tensor) -> Rows:
+def select_rows(batch: Rows, rows: Tensor) -> Rows:
     """The given rows, without the columns that are padding in all of them.
 
     Fields as wide as `input_ids` lose columns on both sides, fields as wide as `response_mask` on the right.
@@ -43,7 +66,7 @@ def take_rows(batch: Rows, rows: Tensor) -> Rows:
 
 
 def by_length(batch: Trajectory | Experience, rows: Tensor, size: int) -> Iterator[Tensor]:
-    """`rows` in chunks of `size`, longest sequences together, so that `take_rows` drops most of the padding."""
+    """`rows` in chunks of `size`, longest sequences together, so that `select_rows` drops most of the padding."""
     rows = rows.to(batch.attention_mask.device)
     lengths = batch.attention_mask[rows].sum(1)
     yield from rows[lengths.argsort(descending=True, stable=True)].split(size)
@@ -55,7 +78,7 @@ def map_rows(function: Callable[[Trajectory], Sequence[Tensor]], trajectory: Tra
     every_row = torch.arange(batch, device=trajectory.input_ids.device)
     outputs: list[Tensor] = []
     for rows in by_length(trajectory, every_row, size):
-        results = function(take_rows(trajectory, rows))
+        results = function(select_rows(trajectory, rows))
         if not outputs:
             outputs = [x.new_zeros((batch, length)[: x.dim()]) for x in results]
         for output, result in zip(outputs, results, strict=True):
@@ -106,14 +129,14 @@ def minibatches(rows: int, size: int, *, epochs: int, seed: int, iteration: int)
             yield torch.tensor(indices)
 
 
-def endless_order(items: int, *, seed: int) -> Iterator[int]:
+def shuffled_indices(items: int, *, seed: int) -> Iterator[int]:
     """Indices of one shuffled pass over the items after the other."""
     for epoch in count():
         for indices in shuffled_batches(items, items, seed=seed, epoch=epoch):
             yield from indices
 
 
-def pool(parts: Sequence[PPOStats]) -> PPOStats:
+def merge_stats(parts: Sequence[PPOStats]) -> PPOStats:
     """Statistics of several batches as those of one: means weighted by tokens, the largest ratio."""
     table = torch.stack([torch.stack(part) for part in parts])  # (parts, statistics)
     tokens = table[:, 0]

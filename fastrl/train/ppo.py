@@ -22,11 +22,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastrl.data import Prompt, load_prompts, split_holdout
+from fastrl.data import Prompt, load_prompts
+from fastrl.data.split import load_split
 from fastrl.data.templates import check_same_template, record_template
 from fastrl.integrations.peft import merged
 from fastrl.masked import masked_mean
-from fastrl.models import check_context, context_length, default_device, load_tokenizer, response_logprobs
+from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs, usable_device
+from fastrl.models.lora import lora_settings
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
@@ -34,58 +36,49 @@ from fastrl.rollout import Trajectory, decode_responses, rollout
 from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
 from fastrl.run.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
-from fastrl.run.optim import check_finite, make_optimizer, make_schedule, optimizer_step
+from fastrl.run.optim import SCHEDULES, check_finite, make_optimizer, make_schedule, optimizer_step
 from fastrl.run.output import check_output, claim_output
 from fastrl.run.resume import Run, step_seed
+from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
 from fastrl.train.experience import (
     Experience,
+    ScoredTrajectory,
     batch_values,
     by_length,
-    endless_order,
+    make_experience,
+    merge_stats,
     minibatches,
-    pool,
+    select_rows,
+    shuffled_indices,
     summarise,
-    take_rows,
 )
-from fastrl.train.roles import Assessment, Roles, add_adapters, assess, load_roles
+from fastrl.train.roles import Roles, add_adapters, load_roles, score_trajectory
 
 PRINTED_SAMPLES = 3
 
 
-@dataclass(frozen=True)
-class PPOConfig:
-    """Settings of PPO."""
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings):
+    """PPO"""
 
     model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged", path=True)
     reward_model: str = option(MISSING, "reward model: folder or hub id; the critic starts from it", path=True)
     data: list[str] | str = option(MISSING, "prompts: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
+    eval_data: list[str] | str = option("", "held-out prompts; empty: a tenth of data")
     output: str = option("runs/ppo", "folder for the policy, critic/, checkpoints/ and logs", path=True)
-    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
-    max_bad_records: float = option(
-        0.01, "share of unusable records that is left out; ten always are, at 0 none", at_least=0, at_most=1
-    )
-    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
+    learning_rate: float = option(5e-5, "peak rate of the policy (about 3e-6 for full fine-tuning)", above=0)
+    critic_learning_rate: float = option(5e-5, "peak rate of the critic (about 3e-6 for full fine-tuning)", above=0)
+    schedule: str = option("linear", "constant, linear or cosine decay to 0", choices=tuple(SCHEDULES))
+    warmup_steps: int = option(0, "iterations of linear warm-up", at_least=0)
+    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one tames the first updates", above=0)
+    max_grad_norm: float = option(1.0, "policy and critic are clipped apart; 0: not clipped", at_least=0)
+    lora_rank: int = option(16, "LoRA rank of policy and critic; 0: full fine-tuning", at_least=0)
+    lora_alpha: int = option(0, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     iterations: int = option(200, "rounds of sampling and updating", at_least=1)
-    batch_size: int = option(64, "responses sampled per iteration; also the held-out prompts", at_least=1)
+    batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
     minibatch_size: int = option(32, "responses per optimizer step", at_least=1)
     micro_batch_size: int = option(8, "responses per forward pass; does not change the result", at_least=1)
     epochs: int = option(4, "passes over the responses of an iteration", at_least=1)
-    max_prompt_length: int = option(256, "longest prompt in tokens", at_least=1)
-    max_new_tokens: int = option(64, "longest response in tokens", at_least=1)
-    temperature: float = option(1.0, "of sampling and of all log-probabilities", above=0)
-    merge_adapter: bool = option(
-        False, "fold the policy's adapter into its weights while sampling: faster; samples differ by rounding"
-    )
-    stop_tokens: str = option("", "tokens that end a response, separated by commas; empty: eos, end of turn")
-    no_stop_score: float | None = option(None, "score of a response that no stop token ended")
-    learning_rate: float = option(
-        5e-5, "of the policy, decays linearly to 0 (about 3e-6 for full fine-tuning)", above=0
-    )
-    critic_learning_rate: float = option(
-        5e-5, "of the critic, decays linearly to 0 (about 3e-6 for full fine-tuning)", above=0
-    )
-    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one tames the first updates", above=0)
-    max_grad_norm: float = option(1.0, "policy and critic are clipped apart; 0: not clipped", at_least=0)
     kl_coef: float = option(0.05, "weight of the KL penalty in the reward", at_least=0)
     kl_estimator: str = option(
         "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
@@ -96,35 +89,16 @@ class PPOConfig:
     target_kl: float | None = option(
         None, "ends the updates of an iteration once approx_kl and the size of ppo_kl are above it", above=0
     )
-    lora_rank: int = option(16, "LoRA rank of policy and critic, scaling 2; 0: full fine-tuning", at_least=0)
-    lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
-    dtype: str = option(
-        "float32",
-        "of weights and passes: float32 or bfloat16; steps are in float32 (18 bytes a trained weight in place of 16)",
-        choices=("float32", "bfloat16"),
-    )
-    device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
-    seed: int = option(0, "same seed, same run; on CPU bit for bit", at_least=0, below=2**32)
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
-    resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones: a tenth, at most `batch_size`. Too long ones are dropped and counted."""
+    """Prompts to train on and held-out ones, at most `batch_size`. Too long ones are dropped and counted."""
     for model in (roles.policy, roles.critic):
         check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
     contexts = [context_length(model) or math.inf for model in (roles.policy, roles.critic)]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
-    prompts, report = load_prompts(
-        cfg.data,
-        tokenizer,
-        max_prompt_length=room,
-        template=cfg.template,
-        columns=cfg.columns,
-        max_bad_records=cfg.max_bad_records,
-    )
-    print(report)
-    return split_holdout(prompts, min(0.1, cfg.batch_size / len(prompts)), cfg.seed)
+    return load_split(load_prompts, cfg, tokenizer, holdout=0.1, most=cfg.batch_size, max_prompt_length=room)
 
 
 def stop_ids(policy: Any, tokenizer: Any, cfg: PPOConfig) -> list[int]:
@@ -142,17 +116,31 @@ def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfi
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             stop_token_ids=stop_ids(policy, tokenizer, cfg),
-            generator=torch.Generator(cfg.device).manual_seed(step_seed(cfg.seed, iteration)),
+            generator=torch.Generator(policy.device).manual_seed(step_seed(cfg.seed, iteration)),
         )
 
 
-def shape(assessed: Assessment, mask: Tensor, cfg: PPOConfig) -> Advantages:
+def score_samples(
+    roles: Roles, trajectory: Trajectory, cfg: PPOConfig, timer: PhaseTimer | None = None
+) -> ScoredTrajectory:
+    """What reward model, policy, reference and critic say."""
+    return score_trajectory(
+        roles,
+        trajectory,
+        micro_batch_size=cfg.micro_batch_size,
+        temperature=cfg.temperature,
+        no_stop_score=cfg.no_stop_score,
+        timer=timer,
+    )
+
+
+def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: PPOConfig) -> Advantages:
     """Rewards with the KL penalty, advantages and returns."""
     return ppo_advantages(
-        assessed.logprobs,
-        assessed.ref_logprobs,
-        assessed.values,
-        assessed.scores,
+        scored.logprobs,
+        scored.ref_logprobs,
+        scored.values,
+        scored.scores,
         mask,
         kl_coef=cfg.kl_coef,
         kl_estimator=cfg.kl_estimator,
@@ -177,7 +165,7 @@ def update(
         kept = int(experience.response_mask[rows].sum())
         losses, parts = [], []
         for micro in by_length(experience, rows, cfg.micro_batch_size):
-            batch = take_rows(experience, micro)
+            batch = select_rows(experience, micro)
             logprobs: Any = response_logprobs(
                 roles.policy,
                 batch.input_ids,
@@ -205,10 +193,10 @@ def update(
             for model, optimizer in zip((roles.policy, roles.critic), optimizers, strict=True)
         )
         norms.append((policy_norm, critic_norm))
-        history.append(pool(parts))
+        history.append(merge_stats(parts))
         if cfg.target_kl is not None and exceeds(history[-1], cfg.target_kl):
             break
-    means = {name: float(value) for name, value in pool(history)._asdict().items()}
+    means = {name: float(value) for name, value in merge_stats(history)._asdict().items()}
     means["ppo_kl"] = means.pop("kl")  # verl's name; kl_k1 and its like are of the reference
     for unused in ("tokens", "entropy", "explained_variance"):  # of the rollout, reported by the caller
         del means[unused]
@@ -239,13 +227,13 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
-    assessed = assess(roles, trajectory, cfg, PhaseTimer(cfg.device))
-    shaped = shape(assessed, trajectory.response_mask, cfg)
+    scored = score_samples(roles, trajectory, cfg)
+    shaped = compute_advantages(scored, trajectory.response_mask, cfg)
     metrics: dict[str, Any] = summarise(trajectory, shaped.stats, cfg.kl_estimator)
     log.write(step, "eval", **metrics)
     texts = decode_responses(tokenizer, trajectory)
     with (Path(cfg.output) / "samples.jsonl").open("a" if step else "w", encoding="utf-8") as file:
-        for prompt, text, score in zip(prompts, texts, assessed.scores.tolist(), strict=True):
+        for prompt, text, score in zip(prompts, texts, scored.scores.tolist(), strict=True):
             record = {"step": step, "prompt": prompt.text, "response": text, "score": score}
             file.write(json.dumps(record) + "\n")
     return metrics, texts
@@ -271,21 +259,23 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
     transformers.set_seed(cfg.seed)  # before adapters are drawn
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    roles = load_roles(cfg, tokenizer)
+    lora, device = lora_settings(cfg), usable_device(cfg.device)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=device)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
     claim_output(cfg)
-    if cfg.lora_rank > 0:
-        roles = add_adapters(roles, tokenizer, cfg)
-    order = endless_order(len(prompts), seed=cfg.seed)
-    optimizers = (
-        make_optimizer(roles.policy, learning_rate=cfg.learning_rate, eps=cfg.adam_eps),
-        make_optimizer(roles.critic, learning_rate=cfg.critic_learning_rate, eps=cfg.adam_eps),
-    )
-    schedules = [
-        make_schedule(optimizer, kind="linear", warmup_steps=0, total_steps=cfg.iterations) for optimizer in optimizers
+    if lora:
+        roles = add_adapters(roles, tokenizer, cfg.output, lora)
+    order = shuffled_indices(len(prompts), seed=cfg.seed)
+    optimizers = [
+        make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
+        for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate))
     ]
-    timer = PhaseTimer(cfg.device)
+    schedules = [
+        make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations)
+        for optimizer in optimizers
+    ]
+    timer = PhaseTimer(device)
     run = Run(cfg, [roles.policy, roles.critic], optimizers, schedules)
     done = run.start()
     order = islice(order, done * cfg.batch_size, None)
@@ -305,14 +295,14 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
             mask = trajectory.response_mask
 
             # 2 score the responses, 3 log-probs of policy and reference, values of the critic
-            assessed = assess(roles, trajectory, cfg, timer)
+            scored = score_samples(roles, trajectory, cfg, timer)
 
             # 4 KL penalty and score into rewards, generalized advantages, whitening
             with timer.phase("advantages"):
-                shaped = shape(assessed, mask, cfg)
+                shaped = compute_advantages(scored, mask, cfg)
 
             # 5 minibatch epochs on policy and critic
-            experience = Experience(*trajectory[:2], mask, assessed.logprobs, assessed.values, *shaped[:2])
+            experience = make_experience(trajectory, scored, shaped)
             learning_rate = schedules[0].get_last_lr()[0]
             with timer.phase("update"):
                 updated = update(roles, optimizers, experience, cfg, iteration)
@@ -322,14 +312,14 @@ def main(cfg: PPOConfig) -> dict[str, Any]:
             # 6 report, over kept tokens only
             report: dict[str, Any] = {
                 **summarise(trajectory, shaped.stats, cfg.kl_estimator),
-                "entropy": float(masked_mean(assessed.entropy, mask)),
+                "entropy": float(masked_mean(scored.entropy, mask)),
                 "value": float(shaped.stats.value_mean),
                 "explained_variance": float(shaped.stats.explained_variance),
                 **updated,
                 "lr": learning_rate,
                 **timer.take(),
                 "tokens_per_s": int(mask.sum()) / (time.perf_counter() - start),
-                "peak_mem_gib": peak_memory_gib(cfg.device),
+                "peak_mem_gib": peak_memory_gib(device),
             }
             log.write(iteration, **report)
 

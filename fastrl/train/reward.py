@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
@@ -21,20 +20,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastrl.data import Preference, load_preferences, shuffled_batches, split_holdout
+from fastrl.data import Preference, load_preferences, shuffled_batches
 from fastrl.data.batches import chunks, ranking_batch
+from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import (
-    LoRASettings,
     add_lora,
     base_model,
     check_context,
     check_lora,
-    default_device,
     last_token_scores,
     load_tokenizer,
     start_scalar_model,
 )
+from fastrl.models.lora import lora_settings
 from fastrl.models.probe import check_scalar
 from fastrl.models.saving import save_merged_base, save_model
 from fastrl.models.score_heads import pad_apart, set_pad_token
@@ -42,53 +41,25 @@ from fastrl.ops import ranking_loss
 from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
 from fastrl.run.metrics import MetricsLog, peak_memory_gib
-from fastrl.run.optim import SCHEDULES, check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
+from fastrl.run.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
 from fastrl.run.output import check_output, claim_output
 from fastrl.run.resume import Run, step_seed
+from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
 from fastrl.train.losses import reward_loss
 
 
-@dataclass(frozen=True)
-class RewardConfig:
-    """Settings of reward-model training."""
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings, DataSettings, RunSettings):
+    """Reward model"""
 
     model: str = option(MISSING, "causal LM or reward model to start from: folder or hub id", path=True)
-    data: list[str] | str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     output: str = option("runs/reward", "folder for the model, checkpoints/ and metrics.jsonl", path=True)
-    eval_data: list[str] | str = option("", "held-out preferences; empty: split off `holdout` of data")
-    holdout: float = option(0.05, "share of data held out for evaluation", at_least=0, below=1)
-    eval_limit: int = option(500, "held-out items evaluated at most; 0: all", at_least=0)
-    columns: dict[str, str] | str = option("", "names of the data's columns, as prompt=question,completion=answer")
-    max_bad_records: float = option(
-        0.01, "share of unusable records that is left out; ten always are, at 0 none", at_least=0, at_most=1
-    )
-    template: str = option("auto", "auto (the model's: as trained, else its chat template), chat, alpaca or none")
-    max_length: int = option(1024, "longest prompt + response in tokens", at_least=2)
-    epochs: int = option(1, "passes over the data; more than one overfits quickly", at_least=1)
-    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need", at_least=0)
+    data: list[str] | str = option(MISSING, "preferences: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     batch_size: int = option(16, "prompts per optimizer step, each with all its responses", at_least=1)
-    micro_batch_size: int = option(4, "prompts per forward pass; does not change the result", at_least=1)
     learning_rate: float = option(1e-4, "peak learning rate (about 1e-5 for full fine-tuning)", above=0)
-    schedule: str = option("cosine", "constant, linear or cosine decay to 0", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(10, "optimizer steps of linear warm-up", at_least=0)
-    weight_decay: float = option(0.0, "AdamW weight decay on matrices", at_least=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped", at_least=0)
-    center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0", at_least=0)
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)", at_least=0)
-    lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank", at_least=1)
-    lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
-    lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
-    dtype: str = option(
-        "float32", "weights: float32 or bfloat16 (the score head is float32)", choices=("float32", "bfloat16")
-    )
-    device: str = option(default_device(), "cpu or cuda; by default cuda where there is one")
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    seed: int = option(0, "same seed, same run; on CPU bit for bit", at_least=0, below=2**32)
-    eval_every: int = option(50, "optimizer steps between evaluations; 0: at start and end only", at_least=0)
-    save_every: int = option(100, "optimizer steps between checkpoints; 0: none", at_least=0)
-    resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
+    center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0", at_least=0)
     normalize_prompts: int = option(2000, "training prompts that set mean and variance; 0: all", at_least=0)
-    samples: int = option(2, "held-out prompts whose scored answers are printed at evaluations", at_least=0)
 
 
 @torch.no_grad()
@@ -180,37 +151,23 @@ def main(cfg: RewardConfig) -> dict[str, Any]:
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
-    lora = LoRASettings(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-    if cfg.lora_rank > 0:
+    lora = lora_settings(cfg)
+    if lora:
         check_lora(model, lora)
 
     # 3 data
-    load = partial(
-        load_preferences,
-        tokenizer=tokenizer,
-        max_length=cfg.max_length,
-        template=cfg.template,
-        columns=cfg.columns,
-        max_bad_records=cfg.max_bad_records,
-    )
-    train, report = load(cfg.data)
-    print(report)
-    if cfg.eval_data:
-        held_out, report = load(cfg.eval_data)
-        print(report)
-    else:
-        train, held_out = split_holdout(train, cfg.holdout, cfg.seed)
+    train, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
     # 4 adapters, optimizer and schedule; the folder is this run's once nothing can be refused
     total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
     claim_output(cfg)
-    if cfg.lora_rank > 0:
+    if lora:
         save_merged_base(model, tokenizer, cfg.output)
         model = add_lora(model, lora)
     if cfg.gradient_checkpointing:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
     schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
     batches = chain.from_iterable(
         shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()

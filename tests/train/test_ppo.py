@@ -14,21 +14,23 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastrl.checks import NonFiniteError
 from fastrl.models import load_tokenizer, response_logprobs
+from fastrl.models.lora import lora_settings
 from fastrl.ops import PPOStats, ppo_loss
 from fastrl.rollout import Trajectory
-from fastrl.run.metrics import PhaseTimer
-from fastrl.train import ppo, roles
+from fastrl.train import ppo
 from fastrl.train.experience import (
     Experience,
+    ScoredTrajectory,
     by_length,
+    make_experience,
     map_rows,
-    pool,
+    merge_stats,
     response_scores,
+    select_rows,
     summarise,
-    take_rows,
 )
-from fastrl.train.ppo import PPOConfig, main, sample, shape, update
-from fastrl.train.roles import add_adapters, assess, load_roles
+from fastrl.train.ppo import PPOConfig, compute_advantages, main, sample, score_samples, update
+from fastrl.train.roles import add_adapters, load_roles
 
 EOS, LIKED = 1, slice(130, 259)
 
@@ -98,9 +100,10 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
     """Roles and tokenizer; `jitter` moves the trained models away from the frozen ones."""
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.model)
-    roles = load_roles(cfg, tokenizer)
-    if cfg.lora_rank > 0:
-        roles = add_adapters(roles, tokenizer, cfg)
+    lora = lora_settings(cfg)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype)
+    if lora:
+        roles = add_adapters(roles, tokenizer, cfg.output, lora)
     with torch.no_grad():
         for model in (roles.policy, roles.critic):
             for parameter in model.parameters():
@@ -110,17 +113,8 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
 
 
 def experience_of(roles, cfg: PPOConfig, trajectory: Trajectory) -> Experience:
-    assessed = assess(roles, trajectory, cfg, PhaseTimer())
-    shaped = shape(assessed, trajectory.response_mask, cfg)
-    return Experience(
-        trajectory.input_ids,
-        trajectory.attention_mask,
-        trajectory.response_mask,
-        assessed.logprobs,
-        assessed.values,
-        shaped.advantages,
-        shaped.returns,
-    )
+    scored = score_samples(roles, trajectory, cfg)
+    return make_experience(trajectory, scored, compute_advantages(scored, trajectory.response_mask, cfg))
 
 
 def trained(model):
@@ -136,7 +130,7 @@ def test_alignment_against_sequences_one_by_one(config, tiny_policy, tiny_scalar
     """pitfalls 2, 3, 5, 6, 18, 33: every number equals that of plain transformers on the unpadded sequence."""
     cfg = config(reward_model=str(tiny_scalar), lora_rank=rank, micro_batch_size=size, temperature=0.7)
     roles, _ = ready(cfg, jitter=0.05)
-    assessed = assess(roles, TRAJECTORY, cfg, PhaseTimer())
+    scored = score_samples(roles, TRAJECTORY, cfg)
     reference = AutoModelForCausalLM.from_pretrained(tiny_policy).eval()
     reward_model = AutoModelForSequenceClassification.from_pretrained(tiny_scalar).eval()
     with torch.no_grad():
@@ -155,25 +149,25 @@ def test_alignment_against_sequences_one_by_one(config, tiny_policy, tiny_scalar
                 "entropy": entropy,
                 "values": values,
             }.items():
-                actual = getattr(assessed, name)[row]
+                actual = getattr(scored, name)[row]
                 torch.testing.assert_close(actual[:length], expected, atol=2e-5, rtol=1e-4)
                 assert name == "values" or (actual[length:] == 0).all()
             expected = reward_model(input_ids=ids).logits[0, 0]
-            torch.testing.assert_close(assessed.scores[row], expected, atol=2e-5, rtol=1e-4)
-    assert not torch.allclose(assessed.logprobs, assessed.ref_logprobs, atol=1e-2)
+            torch.testing.assert_close(scored.scores[row], expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(scored.logprobs, scored.ref_logprobs, atol=1e-2)
 
 
 def test_advantages_of_a_hand_computed_row(config):
     """pitfall 6: the score lands on the last kept token, the KL penalty on each, lambda 0 gives one-step errors."""
     cfg = config(kl_coef=0.5, gae_lambda=0.0)
-    assessed = roles.Assessment(
+    scored = ScoredTrajectory(
         scores=torch.tensor([2.0]),
         logprobs=torch.tensor([[-1.0, -2.0, 9.0]]),
         entropy=torch.zeros(1, 3),
         ref_logprobs=torch.tensor([[-2.0, -1.0, -9.0]]),
         values=torch.tensor([[0.5, 1.0, 7.0]]),
     )
-    shaped = shape(assessed, torch.tensor([[True, True, False]]), cfg)
+    shaped = compute_advantages(scored, torch.tensor([[True, True, False]]), cfg)
     torch.testing.assert_close(shaped.kl, torch.tensor([[1.0, -1.0, 0.0]]))
     torch.testing.assert_close(shaped.rewards, torch.tensor([[-0.5, 2.5, 0.0]]))
     # one-step errors: -0.5 + 1.0 - 0.5 = 0 and 2.5 - 1.0 = 1.5; returns add the values
@@ -193,11 +187,11 @@ def test_score_is_on_the_last_kept_token_when_eos_is_the_pad_token(tiny_scalar):
             torch.testing.assert_close(scores[row], reward_model.score(hidden)[0], atol=2e-5, rtol=1e-4)
 
 
-def test_take_rows_drops_common_padding_only():
-    part = take_rows(TRAJECTORY, torch.tensor([2, 0]))
+def test_select_rows_drops_common_padding_only():
+    part = select_rows(TRAJECTORY, torch.tensor([2, 0]))
     assert part.input_ids.tolist() == [[0, 74, 75, 1, 0, 0], [70, 71, 72, 80, 81, 1]]
     assert part.response_mask.tolist() == [[True, False, False], [True, True, True]]
-    part = take_rows(TRAJECTORY, torch.tensor([2]))
+    part = select_rows(TRAJECTORY, torch.tensor([2]))
     assert part.input_ids.tolist() == [[74, 75, 1]] and part.attention_mask.all()
     assert part.responses.tolist() == [[1]] and part.stopped.tolist() == [True]
 
@@ -219,10 +213,12 @@ def test_metrics_ignore_masked_positions(config):
     results = []
     for poison in (0.0, math.nan):
         roles, _ = ready(cfg)
-        assessed = assess(roles, TRAJECTORY, cfg, PhaseTimer())
+        scored = score_samples(roles, TRAJECTORY, cfg)
         mask = TRAJECTORY.response_mask
-        logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in assessed[1:])
-        shaped = shape(assessed._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), mask, cfg)
+        logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in scored[1:])
+        shaped = compute_advantages(
+            scored._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), mask, cfg
+        )
         experience = Experience(*TRAJECTORY[:2], mask, logprobs, values, *shaped[:2])
         optimizers = [SGD(trained(model), lr=1e-3) for model in (roles.policy, roles.critic)]
         results.append([summarise(TRAJECTORY, shaped.stats, "k1"), update(roles, optimizers, experience, cfg, 1)])
@@ -236,7 +232,7 @@ def test_pooled_statistics_are_weighted_by_tokens():
     part = PPOStats(*torch.zeros(len(PPOStats._fields)))
     one = part._replace(tokens=torch.tensor(1.0), policy_loss=torch.tensor(8.0), ratio_max=torch.tensor(3.0))
     three = part._replace(tokens=torch.tensor(3.0), policy_loss=torch.tensor(4.0), ratio_max=torch.tensor(2.0))
-    pooled = pool([one, three])
+    pooled = merge_stats([one, three])
     assert (pooled.tokens, pooled.policy_loss, pooled.ratio_max) == (4.0, 5.0, 3.0)
 
 
@@ -251,7 +247,7 @@ def test_ratio_is_one_on_the_first_minibatch(config, rank):
     prompts = [ppo.Prompt([70 + i] * (1 + i), "") for i in range(8)]
     experience = experience_of(roles, cfg, sample(roles.policy, tokenizer, prompts, cfg, 1))
     for rows in torch.arange(8).split(3):
-        part = take_rows(experience, rows)
+        part = select_rows(experience, rows)
         logprobs = response_logprobs(
             roles.policy, part.input_ids, part.attention_mask, part.response_mask, temperature=0.7
         )
@@ -465,8 +461,8 @@ def test_no_stop_score_looks_at_the_configured_stop_token(config):
     """pitfall 4: a response ended by the configured stop token, which is not eos, keeps its score."""
     cfg = config(no_stop_score=-7.0, reward_model=str(config().reward_model))
     roles, _ = ready(cfg)
-    scores = assess(roles, TRAJECTORY, cfg, PhaseTimer()).scores
-    free = assess(roles, TRAJECTORY, config(), PhaseTimer()).scores
+    scores = score_samples(roles, TRAJECTORY, cfg).scores
+    free = score_samples(roles, TRAJECTORY, config()).scores
     assert scores.tolist() == [free[0], -7.0, free[2]]
     cfg = config(stop_tokens="a,b,c,d,e,f,g", max_new_tokens=40)
     roles, tokenizer = ready(cfg)
@@ -480,14 +476,14 @@ def test_no_stop_score_looks_at_the_configured_stop_token(config):
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(config, monkeypatch):
     """The second iteration's scores are NaN: the run names it, and the first iteration's weights stay on disk."""
     cfg = config(iterations=3, eval_every=1)
-    real, calls = ppo.assess, []
+    real, calls = ppo.score_samples, []
 
     def poisoned(*args):
         calls.append(1)
-        assessed = real(*args)  # calls: evaluation, iteration 1, evaluation, iteration 2
-        return assessed._replace(scores=assessed.scores * math.nan) if len(calls) == 4 else assessed
+        scored = real(*args)  # calls: evaluation, iteration 1, evaluation, iteration 2
+        return scored._replace(scores=scored.scores * math.nan) if len(calls) == 4 else scored
 
-    monkeypatch.setattr(ppo, "assess", poisoned)
+    monkeypatch.setattr(ppo, "score_samples", poisoned)
     with pytest.raises(NonFiniteError, match=r"nan at step 2.*step-000001"):
         main(cfg)
     folders = [folder.name for folder in (Path(cfg.output) / "checkpoints").iterdir()]
@@ -525,3 +521,21 @@ def test_reward_model_with_another_vocabulary(config, tiny_scalar, tmp_path):
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="expected the tokenizer of the policy"):
         main(config(reward_model=str(tmp_path / "other")))
+
+
+def test_held_out_prompts_of_their_own(config, tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"held {i}"}) + "\n" for i in range(20)))
+    cfg = config(eval_data=str(path))
+    roles, tokenizer = ready(cfg)
+    training, held_out = ppo.read_prompts(cfg, roles, tokenizer)
+    assert len(training) == 200 and [prompt.text for prompt in held_out] == [f"held {i}" for i in range(8)]
+
+
+def test_settings_of_the_optimizer_and_the_adapters_reach_ppo(config):
+    cfg = config(schedule="constant", warmup_steps=2, weight_decay=0.1, lora_alpha=12, iterations=3)
+    main(cfg)
+    records = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
+    assert [r["lr"] for r in records if r["kind"] == "train"] == [5e-4, 1e-3, 1e-3]
+    assert json.loads((Path(cfg.output) / "adapter_config.json").read_text())["lora_alpha"] == 12
+    assert lora_settings(config()).alpha == 2 * config().lora_rank
