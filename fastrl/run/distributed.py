@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Items = TypeVar("Items", bound=Any)  # a sequence or a tensor
 
 BUCKET = 2**23  # numbers that are summed over ranks at once: 32 MiB in float32
 _state: Any = None  # accelerate's PartialState where there are several processes
@@ -60,7 +61,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def size() -> int:
+def world_size() -> int:
     """Number of ranks."""
     return 1 if _state is None else _state.num_processes
 
@@ -75,11 +76,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's part of a list that all ranks hold: every `size()`-th item. Sort by length first: parts then cost
-    about the same.
+def share(items: Items) -> Items:
+    """This rank's part of a list or tensor that all ranks hold: every `world_size()`-th item. Sort by length first, and
+    the parts cost about the same.
     """
-    return items if _state is None else items[rank() :: size()]
+    return items if _state is None else items[rank() :: world_size()]
 
 
 def unshare(part: Sequence[T]) -> list[T]:
@@ -87,7 +88,7 @@ def unshare(part: Sequence[T]) -> list[T]:
     if _state is None:
         return list(part)
     parts = gather(list(part))
-    return [parts[i % size()][i // size()] for i in range(sum(map(len, parts)))]
+    return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
 
 
 def gather(item: T) -> list[T]:
@@ -144,6 +145,7 @@ def on_main(function: Callable[[], T]) -> T:
             outcome[1] = error
     original = outcome[1]
     if original is not None:
+        announce(original)
         outcome[1] = _portable(original)
     with _talking():
         broadcast_object_list(outcome)

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LOCK = "run.lock"
 
@@ -30,9 +30,10 @@ def take_lock(folder: Path) -> list[Path]:
             _remove_if_stale(folder / LOCK)
             continue
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it says whose it is
             file.write(json.dumps(_this_process()) + "\n")
-        return made
+            file.flush()
+            if _is_at(file, folder / LOCK):  # else it was taken for a stale one before it said whose it is
+                return made
 
 
 def release_lock(folder: Path, made: list[Path]) -> None:
@@ -69,7 +70,7 @@ def _remove_if_stale(path: Path) -> None:
     try:
         with path.open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            if not _is_at(file, path):
                 return  # another one has taken it over
             holder = _read(path)
             if not _is_gone(holder):
@@ -78,6 +79,11 @@ def _remove_if_stale(path: Path) -> None:
             print(f"{path}: the run of process {holder.get('pid')} is gone; its lock is taken over")
     except FileNotFoundError:
         return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _taken(path: Path, holder: dict[str, Any]) -> ValueError:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any
-
-REPEAT = 1.0  # seconds in which a launcher may pass on the Ctrl-C that its processes have seen already
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,7 +26,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        self._time = 0.0
         self._before: dict[int, Any] = {}
 
     def watch(self) -> None:
@@ -44,10 +40,10 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            self.received, self._time = number, time.monotonic()
+            self.received = number
             what = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             text = f"\n{what}: saving after this step, then ending; Ctrl-C ends at once\n"
             os.write(2, text.encode())  # print may be in the middle of another line
-        elif number == signal.SIGINT and time.monotonic() - self._time > REPEAT:
+        elif number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt

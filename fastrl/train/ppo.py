@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from fastrl.data import Prompt, load_prompts
@@ -27,24 +26,28 @@ from fastrl.data.split import load_split
 from fastrl.data.templates import check_same_template, record_template
 from fastrl.integrations.peft import merged
 from fastrl.masked import masked_mean
-from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs, usable_device
+from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs
 from fastrl.models.lora import lora_settings
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
 from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
 from fastrl.rollout import Trajectory, decode_responses, rollout
-from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
-from fastrl.run.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
-from fastrl.run.optim import SCHEDULES, check_finite, make_optimizer, make_schedule, optimizer_step
-from fastrl.run.output import check_output, claim_output
-from fastrl.run.resume import Run, step_seed
+from fastrl.run.distributed import share
+from fastrl.run.metrics import PhaseTimer, lines_until
+from fastrl.run.optim import SCHEDULES, Learner, make_optimizer, make_schedule
+from fastrl.run.output import SAMPLES
+from fastrl.run.resume import step_seed
+from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
+from fastrl.train.epochs import accumulate
 from fastrl.train.experience import (
     Experience,
     ScoredTrajectory,
     batch_values,
     by_length,
+    gather_rows,
+    gather_stats,
     make_experience,
     merge_stats,
     minibatches,
@@ -52,7 +55,7 @@ from fastrl.train.experience import (
     shuffled_indices,
     summarise,
 )
-from fastrl.train.roles import Roles, add_adapters, load_roles, score_trajectory
+from fastrl.train.roles import Roles, add_adapters, load_roles, save_merged_bases, score_trajectory
 
 PRINTED_SAMPLES = 3
 
@@ -107,9 +110,9 @@ def stop_ids(policy: Any, tokenizer: Any, cfg: PPOConfig) -> list[int]:
 
 
 def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
-    """Responses that depend on the weights, the seed and the number of the iteration alone."""
+    """Responses that depend on the weights, the seed and the number of the iteration alone, and on no other row."""
     with merged(policy) if cfg.merge_adapter else nullcontext():
-        return rollout(
+        part = rollout(
             policy,
             tokenizer,
             [prompt.input_ids for prompt in prompts],
@@ -117,7 +120,9 @@ def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfi
             temperature=cfg.temperature,
             stop_token_ids=stop_ids(policy, tokenizer, cfg),
             generator=torch.Generator(policy.device).manual_seed(step_seed(cfg.seed, iteration)),
+            rows=share(range(len(prompts))),
         )
+    return gather_rows(part, tokenizer.pad_token_id)
 
 
 def score_samples(
@@ -150,50 +155,27 @@ def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: PPOConfig) -
 
 
 def update(
-    roles: Roles,
-    optimizers: Sequence[torch.optim.Optimizer],
-    experience: Experience,
-    cfg: PPOConfig,
-    iteration: int,
+    run: Run, roles: Roles, learners: Sequence[Learner], experience: Experience, cfg: PPOConfig
 ) -> dict[str, float]:
     """Minibatch epochs of PPO on policy and critic; statistics over all of them, weighted by tokens."""
     history: list[PPOStats] = []
-    norms: list[tuple[float, float]] = []
-    for rows in minibatches(
-        len(experience.returns), cfg.minibatch_size, epochs=cfg.epochs, seed=cfg.seed, iteration=iteration
-    ):
-        kept = int(experience.response_mask[rows].sum())
-        losses, parts = [], []
-        for micro in by_length(experience, rows, cfg.micro_batch_size):
-            batch = select_rows(experience, micro)
-            logprobs: Any = response_logprobs(
-                roles.policy,
-                batch.input_ids,
-                batch.attention_mask,
-                batch.response_mask,
-                temperature=cfg.temperature,
-            )
-            loss, stats = ppo_loss(
-                logprobs,
-                batch_values(roles.critic, batch),
-                batch.old_logprobs,
-                batch.old_values,
-                batch.advantages,
-                batch.returns,
-                batch.response_mask,
-                clip_coef=cfg.clip_coef,
-                denominator=kept,  # of the whole minibatch, so that its micro-batches add up
-            )
-            loss.backward()
-            losses.append(loss.detach())
-            parts.append(stats)
-        check_finite(float(sum(losses)), iteration, last_checkpoint(cfg.output))
-        policy_norm, critic_norm = (
-            optimizer_step(model, optimizer, None, max_grad_norm=cfg.max_grad_norm, step=iteration)
-            for model, optimizer in zip((roles.policy, roles.critic), optimizers, strict=True)
+    norms: list[list[float]] = []
+    rows_of_epochs = minibatches(
+        len(experience.returns), cfg.minibatch_size, epochs=cfg.epochs, seed=cfg.seed, iteration=run.step
+    )
+    for rows in rows_of_epochs:
+        parts: list[PPOStats] = []
+        loss_of = partial(
+            minibatch_loss,
+            roles=roles,
+            experience=experience,
+            cfg=cfg,
+            kept=int(experience.response_mask[rows].sum()),  # of all micro-batches, so that they add up
+            parts=parts,
         )
-        norms.append((policy_norm, critic_norm))
-        history.append(merge_stats(parts))
+        loss = accumulate(share(by_length(experience, rows)), cfg.micro_batch_size, loss_of)
+        norms.append(run.update(loss, *learners)[1])
+        history.append(merge_stats(gather_stats(parts)))
         if cfg.target_kl is not None and exceeds(history[-1], cfg.target_kl):
             break
     means = {name: float(value) for name, value in merge_stats(history)._asdict().items()}
@@ -209,6 +191,33 @@ def update(
     }
 
 
+def minibatch_loss(
+    rows: Tensor, *, roles: Roles, experience: Experience, cfg: PPOConfig, kept: int, parts: list[PPOStats]
+) -> Tensor:
+    """Loss of policy and critic on rows of a minibatch that keeps `kept` tokens; its statistics go to `parts`."""
+    batch = select_rows(experience, rows)
+    logprobs: Any = response_logprobs(
+        roles.policy,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.response_mask,
+        temperature=cfg.temperature,
+    )
+    loss, stats = ppo_loss(
+        logprobs,
+        batch_values(roles.critic, batch),
+        batch.old_logprobs,
+        batch.old_values,
+        batch.advantages,
+        batch.returns,
+        batch.response_mask,
+        clip_coef=cfg.clip_coef,
+        denominator=kept,
+    )
+    parts.append(stats)
+    return loss
+
+
 def exceeds(stats: PPOStats, target_kl: float) -> bool:
     """Whether both estimates of the KL are above the target, the k1 estimate in size.
 
@@ -218,121 +227,128 @@ def exceeds(stats: PPOStats, target_kl: float) -> bool:
 
 
 def evaluate(
-    roles: Roles,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    cfg: PPOConfig,
-    log: MetricsLog,
-    step: int,
+    run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
     scored = score_samples(roles, trajectory, cfg)
     shaped = compute_advantages(scored, trajectory.response_mask, cfg)
     metrics: dict[str, Any] = summarise(trajectory, shaped.stats, cfg.kl_estimator)
-    log.write(step, "eval", **metrics)
-    texts = decode_responses(tokenizer, trajectory)
-    with (Path(cfg.output) / "samples.jsonl").open("a" if step else "w", encoding="utf-8") as file:
-        for prompt, text, score in zip(prompts, texts, scored.scores.tolist(), strict=True):
-            record = {"step": step, "prompt": prompt.text, "response": text, "score": score}
-            file.write(json.dumps(record) + "\n")
+    run.report("eval", **metrics)
+    texts, scores = decode_responses(tokenizer, trajectory), scored.scores.tolist()
+    run.write(lambda: write_samples(cfg.output, run.step, prompts, texts, scores))
     return metrics, texts
+
+
+def write_samples(
+    output: str, step: int, prompts: Sequence[Prompt], texts: Sequence[str], scores: Sequence[float]
+) -> None:
+    """Add the responses of a step to samples.jsonl, which begins anew at step 0."""
+    with (Path(output) / SAMPLES).open("a" if step else "w", encoding="utf-8") as file:
+        for prompt, text, score in zip(prompts, texts, scores, strict=True):
+            file.write(json.dumps({"step": step, "prompt": prompt.text, "response": text, "score": score}) + "\n")
 
 
 def keep_samples(output: str, done: int) -> list[str]:
     """Leaves the samples of the first `done` iterations in samples.jsonl; the responses before training."""
-    path = Path(output) / "samples.jsonl"
+    path = Path(output) / SAMPLES
     kept = lines_until(path, done)
     path.write_text("".join(kept), encoding="utf-8")
     return [record["response"] for record in map(json.loads, kept) if record["step"] == 0]
 
 
-def main(cfg: PPOConfig) -> dict[str, Any]:
-    """Train, evaluate and save; returns the final metrics.
+def make_learners(roles: Roles, cfg: PPOConfig) -> list[Learner]:
+    """Optimizer and schedule of policy and critic; a step of a schedule is an iteration."""
+    learners = []
+    for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate)):
+        optimizer = make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
+        schedule = make_schedule(
+            optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations
+        )
+        learners.append(Learner(model, optimizer, schedule))
+    return learners
+
+
+def main(cfg: PPOConfig, sink: Sink | None = None) -> dict[str, Any]:
+    """Train, evaluate and save; returns the final metrics. A sink gets each record of metrics.
 
     Raises:
         ValueError: a setting, a model, its tokenizer or the data do not fit.
         NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
     """
     cfg = checked(cfg)
-    check_output(cfg)
-    transformers.set_seed(cfg.seed)  # before adapters are drawn
+    with Run(cfg, "ppo", sink) as run:
+        return train(cfg, run)
+
+
+def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
+    """The steps of `main`."""
+    # models, prompts; the folder is this run's once nothing can be refused
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    lora, device = lora_settings(cfg), usable_device(cfg.device)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=device)
+    lora = lora_settings(cfg)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=run.device)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
-    claim_output(cfg)
+    run.claim()
     if lora:
-        roles = add_adapters(roles, tokenizer, cfg.output, lora)
-    order = shuffled_indices(len(prompts), seed=cfg.seed)
-    optimizers = [
-        make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
-        for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate))
-    ]
-    schedules = [
-        make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations)
-        for optimizer in optimizers
-    ]
-    timer = PhaseTimer(device)
-    run = Run(cfg, [roles.policy, roles.critic], optimizers, schedules)
-    done = run.start()
-    order = islice(order, done * cfg.batch_size, None)
+        run.write(lambda: save_merged_bases(roles, tokenizer, cfg.output))
+        roles = add_adapters(roles, lora)
+    learners = make_learners(roles, cfg)
 
-    with MetricsLog(cfg.output, total=cfg.iterations, title="ppo", done=done) as log:
-        if done == 0:
-            metrics, before = evaluate(roles, tokenizer, held_out, cfg, log, 0)
-        else:
-            metrics, before = {}, keep_samples(cfg.output, done)
-        for iteration in range(done + 1, cfg.iterations + 1):
-            start = time.perf_counter()
+    def save(folder: Path) -> None:
+        save_model(roles.policy, tokenizer, folder)
+        save_model(roles.critic, tokenizer, folder / "critic")
 
-            # 1 sample a response to each prompt
-            chosen = [prompts[i] for i in islice(order, cfg.batch_size)]
-            with timer.phase("sample"):
-                trajectory = sample(roles.policy, tokenizer, chosen, cfg, iteration)
-            mask = trajectory.response_mask
+    run.begin(cfg.iterations, learners, save)
+    order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
+    timer = PhaseTimer(run.device)
+    if run.done == 0:
+        metrics, before = evaluate(run, roles, tokenizer, held_out, cfg)
+    else:
+        metrics, before = {}, run.write(lambda: keep_samples(cfg.output, run.done))
 
-            # 2 score the responses, 3 log-probs of policy and reference, values of the critic
-            scored = score_samples(roles, trajectory, cfg, timer)
+    for iteration in run.steps():
+        # 1 sample a response to each prompt
+        chosen = [prompts[i] for i in islice(order, cfg.batch_size)]
+        with timer.phase("sample"):
+            trajectory = sample(roles.policy, tokenizer, chosen, cfg, iteration)
+        mask = trajectory.response_mask
 
-            # 4 KL penalty and score into rewards, generalized advantages, whitening
-            with timer.phase("advantages"):
-                shaped = compute_advantages(scored, mask, cfg)
+        # 2 score the responses, 3 log-probs of policy and reference, values of the critic
+        scored = score_samples(roles, trajectory, cfg, timer)
 
-            # 5 minibatch epochs on policy and critic
-            experience = make_experience(trajectory, scored, shaped)
-            learning_rate = schedules[0].get_last_lr()[0]
-            with timer.phase("update"):
-                updated = update(roles, optimizers, experience, cfg, iteration)
-            for schedule in schedules:
-                schedule.step()
+        # 4 KL penalty and score into rewards, generalized advantages, whitening
+        with timer.phase("advantages"):
+            shaped = compute_advantages(scored, mask, cfg)
 
-            # 6 report, over kept tokens only
-            report: dict[str, Any] = {
-                **summarise(trajectory, shaped.stats, cfg.kl_estimator),
-                "entropy": float(masked_mean(scored.entropy, mask)),
-                "value": float(shaped.stats.value_mean),
-                "explained_variance": float(shaped.stats.explained_variance),
-                **updated,
-                "lr": learning_rate,
-                **timer.take(),
-                "tokens_per_s": int(mask.sum()) / (time.perf_counter() - start),
-                "peak_mem_gib": peak_memory_gib(device),
-            }
-            log.write(iteration, **report)
+        # 5 minibatch epochs on policy and critic
+        experience = make_experience(trajectory, scored, shaped)
+        lr = learners[0].learning_rate
+        with timer.phase("update"):
+            updated = update(run, roles, learners, experience, cfg)
+        for learner in learners:
+            learner.schedule.step()
 
-            # 7 evaluate, show samples, keep the weights
-            if iteration == cfg.iterations or (cfg.eval_every and iteration % cfg.eval_every == 0):
-                metrics, texts = evaluate(roles, tokenizer, held_out, cfg, log, iteration)
-                for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
-                    log.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
-                folder = save_checkpoint(roles.policy, tokenizer, cfg.output, iteration)
-                save_model(roles.critic, tokenizer, folder / "critic")
-                run.save(folder, iteration)
+        # 6 report, over kept tokens only
+        report = {
+            **summarise(trajectory, shaped.stats, cfg.kl_estimator),
+            "entropy": float(masked_mean(scored.entropy, mask)),
+            "value": float(shaped.stats.value_mean),
+            "explained_variance": float(shaped.stats.explained_variance),
+            **updated,
+            "lr": lr,
+            **timer.take(),
+        }
+        run.report(**report, tokens=int(mask.sum()))
 
-        # 8 save
-        save_model(roles.policy, tokenizer, cfg.output)
-        save_model(roles.critic, tokenizer, Path(cfg.output) / "critic")
+        # 7 evaluate, show samples, keep the weights
+        if run.due(cfg.eval_every) or iteration == cfg.iterations:
+            metrics, texts = evaluate(run, roles, tokenizer, held_out, cfg)
+            for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
+                run.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
+            run.save(iteration)
+
+    # 8 save
+    run.write(lambda: save(Path(cfg.output)))
     return {"iterations": cfg.iterations, "output": cfg.output, **metrics}

@@ -68,10 +68,14 @@ def load_roles(
     return Roles(policy.eval(), reference, critic.eval(), reward_model)
 
 
-def add_adapters(roles: Roles, tokenizer: Any, output: str | Path, lora: LoRASettings) -> Roles:
-    """LoRA on policy and critic, drawn from torch's global generator; bases that were merged get folders in output."""
+def save_merged_bases(roles: Roles, tokenizer: Any, output: str | Path) -> None:
+    """Folders in output for the bases that were merged from adapters; call it before `add_adapters`."""
     save_merged_base(roles.policy, tokenizer, output)
     save_merged_base(roles.critic, tokenizer, Path(output) / "critic")
+
+
+def add_adapters(roles: Roles, lora: LoRASettings) -> Roles:
+    """LoRA on policy and critic, drawn from torch's global generator."""
     policy, critic = (add_lora(model, lora).eval() for model in (roles.policy, roles.critic))
     return Roles(policy, None, critic, None)
 
