@@ -20,9 +20,11 @@ from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
 from fastrl.models.lora import lora_settings
 from fastrl.rollout import Trajectory
 from fastrl.run.optim import make_optimizer, optimizer_step
+from fastrl.run.run import Run
 from fastrl.train import ppo
 from fastrl.train.experience import make_experience
 from fastrl.train.losses import sft_loss
+from fastrl.train.ppo_update import update
 from fastrl.train.roles import add_adapters, load_roles
 
 
@@ -48,15 +50,16 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
     lora = lora_settings(cfg)
     roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=cfg.device)
     if lora:
-        roles = add_adapters(roles, tokenizer, output, lora)
-    optimizers = [make_optimizer(model, learning_rate=settings.learning_rate) for model in (roles.policy, roles.critic)]
+        roles = add_adapters(roles, lora)
+    run, learners = Run(cfg, "ppo"), ppo.make_learners(roles, cfg)
     trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
     seconds, check = [], {}
     for iteration in range(settings.iterations + 1):
         start = clock(settings.device)
         scored = ppo.score_samples(roles, trajectory, cfg)
         shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg)
-        ppo.update(roles, optimizers, make_experience(trajectory, scored, shaped), cfg, iteration)
+        run.step = iteration
+        update(run, roles, learners, make_experience(trajectory, scored, shaped), cfg, temperature=cfg.temperature)
         seconds.append(clock(settings.device) - start)
         if iteration == 0:
             check = {"surprisal": float(-scored.logprobs.sum(1).mean()), "score": float(scored.scores.mean())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +51,7 @@ class Run:
             for step in run.steps():
                 ...                                # gradients
                 loss, norms = run.update(loss, learner)
-                run.report(loss=loss)
+                run.report({"loss": loss})
             run.write(...)                         # the result
 
     Of several ranks each goes through the same steps, rank 0 alone prints and writes. Ctrl-C and SIGTERM end the loop
@@ -164,8 +164,9 @@ class Run:
         """Whether this step is one of every so many; 0: none is."""
         return every > 0 and self.step % every == 0
 
-    def report(self, kind: str = "train", *, tokens: int = 0, **metrics: Any) -> None:
+    def report(self, metrics: Mapping[str, Any], kind: str = "train", *, tokens: int = 0) -> None:
         """One record of metrics that are the same on every rank; of `tokens`, how many a second in this step."""
+        metrics = dict(metrics)
         if tokens:
             seconds = time.perf_counter() - self._began
             metrics |= {"tokens_per_s": tokens / seconds, "peak_mem_gib": peak_memory_gib(self.device)}

@@ -46,8 +46,8 @@ def begin_epochs(
     return learner, ([train[i] for i in indices] for indices in islice(order, run.done, None))
 
 
-def accumulate(items: Sequence[Item], size: int, loss_of: Callable[[Sequence[Item]], Tensor]) -> Tensor:
-    """Add the gradients of `loss_of` over micro-batches of `size` items; the losses' sum, 0 without any item."""
+def accumulate(items: Any, size: int, loss_of: Callable[[Any], Tensor]) -> Tensor:
+    """Add the gradients of `loss_of` over micro-batches of `size` items (or rows of a tensor); the losses' sum."""
     losses = []
     for micro in chunks(items, size):
         loss = loss_of(micro)

@@ -8,12 +8,10 @@ starts from the reward model, whitened advantages, clipped policy and value loss
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,42 +24,29 @@ from fastrl.data.split import load_split
 from fastrl.data.templates import check_same_template, record_template
 from fastrl.integrations.peft import merged
 from fastrl.masked import masked_mean
-from fastrl.models import check_context, context_length, load_tokenizer, response_logprobs
+from fastrl.models import check_context, context_length, load_tokenizer
 from fastrl.models.lora import lora_settings
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
-from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
+from fastrl.ops import Advantages, ppo_advantages
 from fastrl.rollout import Trajectory, decode_responses, rollout
 from fastrl.run.config import checked, option
 from fastrl.run.distributed import share
-from fastrl.run.metrics import PhaseTimer, lines_until
+from fastrl.run.metrics import PhaseTimer, append_lines, keep_lines
 from fastrl.run.optim import SCHEDULES, Learner, make_optimizer, make_schedule
 from fastrl.run.output import SAMPLES
 from fastrl.run.resume import step_seed
 from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
-from fastrl.train.epochs import accumulate
-from fastrl.train.experience import (
-    Experience,
-    ScoredTrajectory,
-    batch_values,
-    by_length,
-    gather_rows,
-    gather_stats,
-    make_experience,
-    merge_stats,
-    minibatches,
-    select_rows,
-    shuffled_indices,
-    summarise,
-)
+from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, shuffled_indices, summarise
+from fastrl.train.ppo_update import UpdateSettings, update
 from fastrl.train.roles import Roles, add_adapters, load_roles, save_merged_bases, score_trajectory
 
 PRINTED_SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings):
+class PPOConfig(UpdateSettings, SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings):
     """PPO"""
 
     model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged", path=True)
@@ -79,19 +64,12 @@ class PPOConfig(SamplingSettings, TunerSettings, OptimSettings, DataSettings, Ru
     lora_alpha: int = option(0, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     iterations: int = option(200, "rounds of sampling and updating", at_least=1)
     batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
-    minibatch_size: int = option(32, "responses per optimizer step", at_least=1)
-    micro_batch_size: int = option(8, "responses per forward pass; does not change the result", at_least=1)
-    epochs: int = option(4, "passes over the responses of an iteration", at_least=1)
     kl_coef: float = option(0.05, "weight of the KL penalty in the reward", at_least=0)
     kl_estimator: str = option(
         "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
     )
     score_clip: float | None = option(None, "scores are clipped to +- this", above=0)
     gae_lambda: float = option(0.95, "of generalized advantage estimation", at_least=0, at_most=1)
-    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this", above=0)
-    target_kl: float | None = option(
-        None, "ends the updates of an iteration once approx_kl and the size of ppo_kl are above it", above=0
-    )
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
 
 
@@ -154,78 +132,6 @@ def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: PPOConfig) -
     )
 
 
-def update(
-    run: Run, roles: Roles, learners: Sequence[Learner], experience: Experience, cfg: PPOConfig
-) -> dict[str, float]:
-    """Minibatch epochs of PPO on policy and critic; statistics over all of them, weighted by tokens."""
-    history: list[PPOStats] = []
-    norms: list[list[float]] = []
-    rows_of_epochs = minibatches(
-        len(experience.returns), cfg.minibatch_size, epochs=cfg.epochs, seed=cfg.seed, iteration=run.step
-    )
-    for rows in rows_of_epochs:
-        parts: list[PPOStats] = []
-        loss_of = partial(
-            minibatch_loss,
-            roles=roles,
-            experience=experience,
-            cfg=cfg,
-            kept=int(experience.response_mask[rows].sum()),  # of all micro-batches, so that they add up
-            parts=parts,
-        )
-        loss = accumulate(share(by_length(experience, rows)), cfg.micro_batch_size, loss_of)
-        norms.append(run.update(loss, *learners)[1])
-        history.append(merge_stats(gather_stats(parts)))
-        if cfg.target_kl is not None and exceeds(history[-1], cfg.target_kl):
-            break
-    means = {name: float(value) for name, value in merge_stats(history)._asdict().items()}
-    means["ppo_kl"] = means.pop("kl")  # verl's name; kl_k1 and its like are of the reference
-    for unused in ("tokens", "entropy", "explained_variance"):  # of the rollout, reported by the caller
-        del means[unused]
-    return {
-        **means,
-        "first_approx_kl": float(history[0].approx_kl),
-        "grad_norm": sum(norm for norm, _ in norms) / len(norms),
-        "critic_grad_norm": sum(norm for _, norm in norms) / len(norms),
-        "updates": len(history),
-    }
-
-
-def minibatch_loss(
-    rows: Tensor, *, roles: Roles, experience: Experience, cfg: PPOConfig, kept: int, parts: list[PPOStats]
-) -> Tensor:
-    """Loss of policy and critic on rows of a minibatch that keeps `kept` tokens; its statistics go to `parts`."""
-    batch = select_rows(experience, rows)
-    logprobs: Any = response_logprobs(
-        roles.policy,
-        batch.input_ids,
-        batch.attention_mask,
-        batch.response_mask,
-        temperature=cfg.temperature,
-    )
-    loss, stats = ppo_loss(
-        logprobs,
-        batch_values(roles.critic, batch),
-        batch.old_logprobs,
-        batch.old_values,
-        batch.advantages,
-        batch.returns,
-        batch.response_mask,
-        clip_coef=cfg.clip_coef,
-        denominator=kept,
-    )
-    parts.append(stats)
-    return loss
-
-
-def exceeds(stats: PPOStats, target_kl: float) -> bool:
-    """Whether both estimates of the KL are above the target, the k1 estimate in size.
-
-    One token with a ratio of e^20 lifts approx_kl alone; of the k1 estimate, a mean of -log r, it is a small part.
-    """
-    return float(stats.approx_kl) > target_kl and abs(float(stats.kl)) > target_kl
-
-
 def evaluate(
     run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig
 ) -> tuple[dict[str, Any], list[str]]:
@@ -234,27 +140,14 @@ def evaluate(
     scored = score_samples(roles, trajectory, cfg)
     shaped = compute_advantages(scored, trajectory.response_mask, cfg)
     metrics: dict[str, Any] = summarise(trajectory, shaped.stats, cfg.kl_estimator)
-    run.report("eval", **metrics)
+    run.report(metrics, "eval")
     texts, scores = decode_responses(tokenizer, trajectory), scored.scores.tolist()
-    run.write(lambda: write_samples(cfg.output, run.step, prompts, texts, scores))
+    samples = [
+        {"step": run.step, "prompt": prompt.text, "response": text, "score": score}
+        for prompt, text, score in zip(prompts, texts, scores, strict=True)
+    ]
+    run.write(lambda: append_lines(Path(cfg.output) / SAMPLES, samples))
     return metrics, texts
-
-
-def write_samples(
-    output: str, step: int, prompts: Sequence[Prompt], texts: Sequence[str], scores: Sequence[float]
-) -> None:
-    """Add the responses of a step to samples.jsonl, which begins anew at step 0."""
-    with (Path(output) / SAMPLES).open("a" if step else "w", encoding="utf-8") as file:
-        for prompt, text, score in zip(prompts, texts, scores, strict=True):
-            file.write(json.dumps({"step": step, "prompt": prompt.text, "response": text, "score": score}) + "\n")
-
-
-def keep_samples(output: str, done: int) -> list[str]:
-    """Leaves the samples of the first `done` iterations in samples.jsonl; the responses before training."""
-    path = Path(output) / SAMPLES
-    kept = lines_until(path, done)
-    path.write_text("".join(kept), encoding="utf-8")
-    return [record["response"] for record in map(json.loads, kept) if record["step"] == 0]
 
 
 def make_learners(roles: Roles, cfg: PPOConfig) -> list[Learner]:
@@ -303,10 +196,11 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     run.begin(cfg.iterations, learners, save)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     timer = PhaseTimer(run.device)
+    metrics: dict[str, Any] = {}
+    samples = run.write(lambda: keep_lines(Path(cfg.output) / SAMPLES, run.done or -1))
+    before = [sample["response"] for sample in samples if sample["step"] == 0]
     if run.done == 0:
         metrics, before = evaluate(run, roles, tokenizer, held_out, cfg)
-    else:
-        metrics, before = {}, run.write(lambda: keep_samples(cfg.output, run.done))
 
     for iteration in run.steps():
         # 1 sample a response to each prompt
@@ -326,7 +220,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         experience = make_experience(trajectory, scored, shaped)
         lr = learners[0].learning_rate
         with timer.phase("update"):
-            updated = update(run, roles, learners, experience, cfg)
+            updated = update(run, roles, learners, experience, cfg, temperature=cfg.temperature)
         for learner in learners:
             learner.schedule.step()
 
@@ -340,7 +234,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
             "lr": lr,
             **timer.take(),
         }
-        run.report(**report, tokens=int(mask.sum()))
+        run.report(report, tokens=int(mask.sum()))
 
         # 7 evaluate, show samples, keep the weights
         if run.due(cfg.eval_every) or iteration == cfg.iterations:

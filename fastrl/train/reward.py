@@ -98,7 +98,7 @@ def report_held_out(
     scores = score_preferences(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     metrics = ranking_metrics(scores, held_out)
     run.check_finite(metrics["eval_loss"])
-    run.report("eval", **metrics)
+    run.report(metrics, "eval")
     remaining = iter(scores.tolist())
     for preference in held_out[: cfg.samples]:
         run.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
@@ -186,7 +186,7 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
         all_scores = torch.tensor(list(chain.from_iterable(unshare(scores))))
         accuracy = ranking_metrics(all_scores, prompts)["eval_accuracy"]
         metrics = {"loss": total, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
-        run.report(**metrics, tokens=sum(map(_tokens, prompts)))
+        run.report(metrics, tokens=sum(map(_tokens, prompts)))
         if run.due(cfg.eval_every) and step < run.total:
             report_held_out(run, model, tokenizer, held_out, cfg)
 

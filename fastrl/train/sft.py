@@ -79,7 +79,7 @@ def report_held_out(
         return {}
     metrics = evaluate(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     run.check_finite(metrics["eval_loss"])
-    run.report("eval", **metrics)
+    run.report(metrics, "eval")
     if is_main():
         for text in sample_answers(model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
             run.print(text)
@@ -139,7 +139,7 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
 
         # 6 report
         metrics = {"loss": total, "lr": lr, "grad_norm": grad_norm, "supervised_tokens": targets}
-        run.report(**metrics, tokens=sum(len(e.input_ids) for e in examples))
+        run.report(metrics, tokens=sum(len(e.input_ids) for e in examples))
         if run.due(cfg.eval_every) and step < run.total:
             report_held_out(run, model, tokenizer, held_out, cfg)
 
