@@ -16,16 +16,15 @@ import transformers
 from fastrl.benches.train_workload import Settings, clock, peak_mib, read
 from fastrl.data import Example, pad
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
-from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
-from fastrl.models.lora import lora_settings
+from fastrl.models import Policy, load_policy, load_tokenizer, tune
 from fastrl.rollout import Trajectory
 from fastrl.run.optim import make_optimizer, optimizer_step
 from fastrl.run.run import Run
-from fastrl.train import ppo
+from fastrl.train import ppo, sft
 from fastrl.train.experience import make_experience
 from fastrl.train.losses import sft_loss
 from fastrl.train.ppo_update import update
-from fastrl.train.roles import add_adapters, load_roles
+from fastrl.train.roles import load_roles, tune_roles
 
 
 def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
@@ -47,10 +46,8 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
         dtype=settings.dtype,
     )
     tokenizer = load_tokenizer(cfg.model)
-    lora = lora_settings(cfg)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=cfg.device)
-    if lora:
-        roles = add_adapters(roles, lora)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=cfg.device)
+    roles = tune_roles(roles, cfg)
     run, learners = Run(cfg, "ppo"), ppo.make_learners(roles, cfg)
     trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
     seconds, check = [], {}
@@ -76,11 +73,9 @@ def fixed_trajectory(prompts: list[list[int]], responses: list[list[int]]) -> Tr
 def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
     """Seconds per optimizer step, as in fastrl.train.sft."""
     settings, prompts, responses = read(folder)
-    model = load_policy(folder / "policy", dtype=settings.dtype, device=settings.device)
-    if rank:
-        model = add_lora(model, LoRASettings(rank, 2 * rank))
-    model.train()
-    optimizer = make_optimizer(model, learning_rate=settings.learning_rate)
+    cfg = sft.SFTConfig(model=str(folder / "policy"), data="", lora_rank=rank, lora_alpha=2 * rank)
+    policy = Policy(tune(load_policy(cfg.model, dtype=settings.dtype, device=settings.device), cfg)).train()
+    optimizer = make_optimizer(policy, learning_rate=settings.learning_rate)
     examples = [Example(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(prompts, responses, strict=True)]
     examples.sort(key=lambda example: len(example.input_ids))
     targets = supervised_tokens(examples)
@@ -89,10 +84,10 @@ def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[s
         start = clock(settings.device)
         loss = 0.0
         for micro in chunks(examples, settings.micro_batch):
-            part = sft_loss(model, sft_batch(micro, 0, model.device), denominator=targets)
+            part = sft_loss(policy, sft_batch(micro, 0, policy.device), denominator=targets)
             part.backward()
             loss += float(part.detach())
-        optimizer_step(model, optimizer, None, max_grad_norm=1.0, step=step)
+        optimizer_step(policy, optimizer, None, max_grad_norm=1.0, step=step)
         seconds.append(clock(settings.device) - start)
         losses.append(loss)
     return seconds[1:], {"loss": losses[0]}

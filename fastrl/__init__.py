@@ -9,8 +9,8 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 
 def patch(model, **options):
-    """Swaps the PEFT LoRA layers of `model` for fused ones; see `fastrl.integrations.peft.patch`."""
-    from fastrl.integrations.peft import patch as patch_peft  # PEFT and transformers are slow to import
+    """Swaps the PEFT LoRA layers of `model` for fused ones; see `fastrl.models.lora.patch`."""
+    from fastrl.models.lora import patch as patch_peft  # PEFT and transformers are slow to import
 
     return patch_peft(model, **options)
 

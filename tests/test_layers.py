@@ -32,3 +32,13 @@ def importers(package: str) -> set[str]:
 
 def test_the_oracle_is_imported_by_the_ops_alone():
     assert {name.split(".")[0] for name in importers("reference")} == {"ops"}
+
+
+def test_an_integration_is_a_leaf():
+    assert importers("integrations") == set()
+
+
+def test_models_know_nothing_of_runs_loops_or_commands():
+    above = {"integrations", "run", "train", "commands", "rollout", "cli", "demo"}
+    found = {(name, module) for name, module in imports() if name.startswith("models.")}
+    assert not {(name, module) for name, module in found if module.split(".")[0] in above}

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrl
-from fastrl.integrations import peft as integration
+from fastrl.models import lora as integration
 
 IDS = torch.tensor([[5, 9, 2, 7, 1], [3, 3, 8, 0, 6]])
 

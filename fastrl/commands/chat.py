@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import transformers
 
-from fastrl.commands.export import find_tokenizer
 from fastrl.data.messages import Message
 from fastrl.data.templates import TEMPLATES, encode_prompt
-from fastrl.models import context_length, default_device, load_policy
+from fastrl.models import context_length, default_device, load_policy, load_tokenizer
 from fastrl.models.stopping import find_stop_token_ids
 from fastrl.models.weights import check_sizes
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
     transformers.set_seed(options.seed)
-    tokenizer = find_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model)
     model = load_policy(options.model, dtype=options.dtype, device=options.device)
     check_sizes(model, tokenizer, options.model)
     stops = find_stop_token_ids(tokenizer, model)

@@ -54,19 +54,12 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"export: out: {folder} is not empty; name another folder or give --overwrite")
 
-    tokenizer = find_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     load = load_scalar_model if claims_score_head(model) else load_policy
     merged: Any = load(model, dtype="float32")
     check_sizes(merged, tokenizer, model)
     merged = merged.to(DTYPES[dtype] if dtype else stored_dtype(model))
     return save_model(merged, tokenizer, folder)
-
-
-def find_tokenizer(path: str) -> Any:
-    """The tokenizer of a model; of its base where an adapter folder has none."""
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        return find_tokenizer(adapter_base(path))
-    return load_tokenizer(path)
 
 
 def stored_dtype(path: str) -> torch.dtype:

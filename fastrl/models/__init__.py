@@ -1,18 +1,20 @@
-"""Models as the loops use them: loading, probing, adapters, forward passes, heads, saving.
+"""Models as the loops use them: loading, probing, tuners, forward passes, heads, saving.
 
-Everything is an ordinary transformers or PEFT module; the functions here only reach the parts that the fused ops need,
-whatever wrapper is around them.
+Inside a `Policy` or `Scorer` is an ordinary transformers or PEFT module, which is what is sampled and saved.
 """
 
 from fastrl.folders import adapter_base, is_adapter
 from fastrl.models.forward import (
-    final_hidden,
+    Policy,
+    Scorer,
+    as_policy,
+    as_scorer,
     last_token_scores,
-    position_ids,
     response_logprobs,
     token_scores,
 )
-from fastrl.models.heads import base_model, lm_head
+from fastrl.models.heads import ScoreHead, base_model, lm_head, only_criterion, score_head
+from fastrl.models.hidden import final_hidden, position_ids
 from fastrl.models.loading import (
     check_context,
     context_length,
@@ -24,15 +26,23 @@ from fastrl.models.loading import (
     start_scalar_model,
     usable_device,
 )
-from fastrl.models.lora import LoRASettings, add_lora, check_lora
+from fastrl.models.tuners import TUNERS, LoRASettings, Tuner, add_lora, check_lora, check_tuner, saves_adapter, tune
 
 __all__ = [
+    "TUNERS",
     "LoRASettings",
+    "Policy",
+    "ScoreHead",
+    "Scorer",
+    "Tuner",
     "adapter_base",
     "add_lora",
+    "as_policy",
+    "as_scorer",
     "base_model",
     "check_context",
     "check_lora",
+    "check_tuner",
     "context_length",
     "default_device",
     "final_hidden",
@@ -42,10 +52,14 @@ __all__ = [
     "load_policy",
     "load_scalar_model",
     "load_tokenizer",
+    "only_criterion",
     "position_ids",
     "quiet_transformers",
     "response_logprobs",
+    "saves_adapter",
+    "score_head",
     "start_scalar_model",
     "token_scores",
+    "tune",
     "usable_device",
 ]

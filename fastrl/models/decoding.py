@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastrl.models.forward import arguments, final_hidden, position_ids
 from fastrl.models.heads import base_model, lm_head
+from fastrl.models.hidden import arguments, final_hidden, position_ids
 
 NO_CACHE = "fastrl_samples_without_cache"  # attribute of models whose cache is not usable
 

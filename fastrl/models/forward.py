@@ -1,68 +1,129 @@
-"""Forward passes as the loops need them: hidden states without padding, scores, log-probabilities."""
+"""Policy and Scorer: the only way to log-probabilities, losses, values and scores is the `forward` of a module.
+
+What wraps a module (DDP, FSDP2, a hook) hooks its `forward`, and a tuner may do its work in one: a pass that reached
+past it for a submodule would train nothing, or not synchronise, without a word.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
+import peft
 import torch
+import transformers
 from torch import Tensor, nn
 
-from fastrl.models.heads import base_model, decoder, lm_head
+from fastrl.models.heads import base_model, lm_head, only_criterion, score_head
+from fastrl.models.tuners import Full, Tuner
+from fastrl.ops import linear_cross_entropy, linear_logprobs
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """(B, T) position of each kept token among its row's kept tokens; 0 on padding, either side."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+class Policy(nn.Module):
+    """A causal language model with its tuner."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        super().__init__()
+        self.tuner = tuner
+        self.model = tuner.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast(torch.device, self.model.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probabilities of the last R tokens of each row, or their summed loss; logits are never formed whole.
+
+        `logprobs[b, t]` is of the token in column T - R + t, from the hidden state of the token before it. Only the
+        tokens that `mask` keeps reach the head.
+
+        Args:
+            input_ids: (B, T) tokens, padded on either side.
+            attention_mask: (B, T) True = a token.
+            mask: (B, R) bool, R < T; True = the token counts.
+            temperature: > 0, divides the logits.
+            return_entropy: also return the entropies.
+            denominator: positive; the result is then the loss, -sum of the log-probs / denominator. For micro-batches
+                pass the count of the whole batch.
+        Returns:
+            (B, R) float32 nats, 0 where masked; with `return_entropy` the pair (log-probs, entropies); with
+            `denominator` the 0-d float32 loss.
+        Raises:
+            ValueError: `mask` has as many columns as `input_ids`, or entropies of a loss are asked for.
+        """
+        length = mask.shape[1]
+        if length >= input_ids.shape[1]:
+            raise ValueError(
+                "Policy: mask: expected fewer columns than input_ids (at least one prompt token),"
+                f" got {tuple(mask.shape)} and {tuple(input_ids.shape)}"
+            )
+        if denominator is not None and return_entropy:
+            raise ValueError("Policy: return_entropy: expected False with a denominator, got True; take the log-probs")
+        start = input_ids.shape[1] - length
+        hidden = self.tuner.hidden(input_ids, attention_mask)[:, start - 1 : -1]  # (B, R, H)
+        head = lm_head(self.model)
+        arguments = hidden, head.weight, input_ids[:, start:]
+        options = {"mask": mask, "temperature": temperature, **head.options()}
+        if denominator is not None:
+            return linear_cross_entropy(*arguments, denominator=denominator, **options)
+        return linear_logprobs(*arguments, return_entropy=return_entropy, **options)
 
 
-@cache
-def arguments(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of the arguments that a function takes."""
-    return frozenset(inspect.signature(function).parameters)
+class Scorer(nn.Module):
+    """A reward model or critic with its tuner: a backbone and a `ScoreHead` of C criteria."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        super().__init__()
+        self.tuner = tuner
+        self.model = tuner.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast(torch.device, self.model.device)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, last_only: bool) -> Tensor:
+        """(B, C) fp32 scores at each row's last token, or (B, T, C) at every token (what is not kept is unspecified).
+
+        The stored bias of each criterion is subtracted. As transformers' classifiers do, a token that is the config's
+        pad token is not taken for the last one, so that a foreign reward model which was trained with pad == eos gives
+        its own scores; ours have a pad token that ends no response. `heads.only_criterion` takes the one column of
+        C = 1, `ScoreHead.combine` makes one score of several.
+        """
+        hidden = self.tuner.hidden(input_ids, attention_mask)  # (B, T, H)
+        if last_only:
+            config = base_model(self.model).config.get_text_config()
+            last = last_tokens(input_ids, attention_mask, getattr(config, "pad_token_id", None))
+            hidden = hidden[torch.arange(len(last), device=last.device), last]
+        return score_head(self.model).scores(hidden)
 
 
-def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed.
-
-    Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
-    their hidden states are moved back. What a position that is not kept returns is unspecified.
-    """
-    backbone: Any = decoder(model)
-    lengths = attention_mask.sum(-1)
-    width = max(int(lengths.max()), 1)
-    columns = torch.arange(width, device=input_ids.device)
-    kept_first = attention_mask.logical_not().long().argsort(dim=-1, stable=True)[:, :width]
-    compact = torch.where(columns < lengths[:, None], input_ids.gather(1, kept_first), 0)  # (B, W)
-    inputs = {"input_ids": compact}
-    if "position_ids" in arguments(type(backbone).forward):
-        inputs["position_ids"] = columns.expand_as(compact)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state
-    places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, places)
-
-
-def token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T) fp32 output of the scalar head on every position, less the stored score bias."""
-    return _scores(scalar_model, final_hidden(scalar_model, input_ids, attention_mask))
-
-
-def last_token_scores(scalar_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) fp32 score on each row's last kept token, on any padding side, with or without eos.
-
-    As transformers' classifiers do, a token that is the config's pad token is passed over, so that a foreign reward
-    model which was trained with pad == eos gives its own scores; ours have a pad token that ends no response.
-    """
-    hidden = final_hidden(scalar_model, input_ids, attention_mask)  # (B, T, H)
-    config = base_model(scalar_model).config.get_text_config()
-    kept, pad = attention_mask.bool(), getattr(config, "pad_token_id", None)
+def last_tokens(input_ids: Tensor, attention_mask: Tensor, pad: int | None) -> Tensor:
+    """(B,) column of each row's last token that is kept and not `pad`."""
+    kept = attention_mask.bool()
     if pad is not None:
         kept = kept & (input_ids != pad)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = (columns * kept).argmax(-1)  # (B,)
-    return _scores(scalar_model, hidden[torch.arange(len(last), device=last.device), last])
+    return (columns * kept).argmax(-1)
+
+
+def as_policy(model: nn.Module) -> nn.Module:
+    """A `Policy` around a model of transformers or PEFT; a module that is one, or wraps one, as it is."""
+    return Policy(Full(model)) if isinstance(model, (transformers.PreTrainedModel, peft.PeftModel)) else model
+
+
+def as_scorer(model: nn.Module) -> nn.Module:
+    """A `Scorer` around a model of transformers or PEFT; a module that is one, or wraps one, as it is."""
+    return Scorer(Full(model)) if isinstance(model, (transformers.PreTrainedModel, peft.PeftModel)) else model
 
 
 def response_logprobs(
@@ -73,41 +134,22 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the response, which is the last R columns of `input_ids` (B, P + R).
-
-    `logprobs[b, t]` is of response token t, from the hidden state of the token before it; only
-    positions kept by `response_mask` (B, R) reach the head.
-
-    Returns:
-        (B, R) fp32 nats, 0 where masked; with `return_entropy` also the entropies (B, R).
+) -> Any:
+    """`Policy.forward` of any causal language model: (B, R) log-probs of the response, the last R columns of (B, P + R)
+    `input_ids`, 0 where `response_mask` drops; with `return_entropy` also the entropies.
     """
-    from fastrl.ops import linear_logprobs
-
-    length = response_mask.shape[1]
-    if length >= input_ids.shape[1]:
-        raise ValueError(
-            "response_logprobs: response_mask: expected fewer columns than input_ids (at"
-            " least one prompt token),"
-            f" got {tuple(response_mask.shape)} and {tuple(input_ids.shape)}"
-        )
-    start = input_ids.shape[1] - length
-    hidden = final_hidden(model, input_ids, attention_mask)[:, start - 1 : -1]  # (B, R, H)
-    head = lm_head(model)
-    return linear_logprobs(
-        hidden,
-        head.weight,
-        input_ids[:, start:],
-        mask=response_mask,
-        temperature=temperature,
-        return_entropy=return_entropy,
-        **head.options(),
+    return as_policy(model)(
+        input_ids, attention_mask, response_mask, temperature=temperature, return_entropy=return_entropy
     )
 
 
-def _scores(scalar_model: nn.Module, hidden: Tensor) -> Tensor:
-    base = base_model(scalar_model)
-    head = cast(nn.Module, base.score)
-    dtype = next(head.parameters()).dtype
-    scores = head(hidden.to(dtype)).squeeze(-1).float()
-    return scores - getattr(base.config, "fastrl_score_bias", 0.0)
+def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T) fp32 scores of any reward model or critic of one criterion at every token; see `Scorer.forward`."""
+    return only_criterion(as_scorer(model)(input_ids, attention_mask, last_only=False))
+
+
+def last_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B,) fp32 scores of any reward model or critic of one criterion at each row's last kept token, on any padding
+    side, with or without eos; see `Scorer.forward`.
+    """
+    return only_criterion(as_scorer(model)(input_ids, attention_mask, last_only=True))

@@ -1,8 +1,9 @@
-"""Output heads of causal language models, as the fused log-probabilities need them: weights, adapter, scale, cap."""
+"""Output heads: of causal language models, as the fused log-probabilities need them; of reward models and critics."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import peft
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)  # model types that use Granite's name the other way round
+SCORE = "score"  # the layer, and the one criterion of a head that names none
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
@@ -47,6 +49,52 @@ class Head(NamedTuple):
             logits = logits + hidden @ self.lora.lora_a.T @ self.lora.lora_b.T * self.lora.scaling
         logits = logits.float() * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class ScoreHead(NamedTuple):
+    """Linear head of a reward model or critic: scores = layer(hidden) - bias, one column for each of C criteria.
+
+    The layer is the model's `score`, and stays transformers' own; the rest is in config.json, so that a folder is an
+    ordinary classifier with C labels: `fastrl_score_bias`, `_mean` and `_std`, which for C > 1 are lists, and then
+    `fastrl_score_names`.
+    """
+
+    layer: nn.Module  # (..., H) -> (..., C)
+    names: tuple[str, ...] = (SCORE,)
+    bias: tuple[float, ...] = (0.0,)
+    mean: tuple[float, ...] | None = None  # of the scores before they were normalised
+    std: tuple[float, ...] | None = None
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(..., C) fp32 scores of hidden states (..., H)."""
+        dtype = next(self.layer.parameters()).dtype
+        raw = self.layer(hidden.to(dtype)).float()
+        return raw - (self.bias[0] if len(self.bias) == 1 else raw.new_tensor(self.bias))
+
+    def combine(self, scores: Tensor, weights: Mapping[str, float]) -> Tensor:
+        """(...) sum over the criteria of weight * score; `scores` is (..., C), a criterion without a weight counts 0.
+
+        Raises:
+            ValueError: a weight names no criterion, or there is none.
+        """
+        unknown = sorted(weights.keys() - set(self.names))
+        if unknown or not weights:
+            raise ValueError(
+                f"combine: weights: expected some of {', '.join(self.names)}, got {', '.join(unknown) or 'none'}"
+            )
+        columns = [weights[name] * scores[..., i] for i, name in enumerate(self.names) if name in weights]
+        return torch.stack(columns).sum(0)
+
+
+def only_criterion(scores: Tensor) -> Tensor:
+    """(...) the scores (..., 1) of a head with one criterion, which need no weights.
+
+    Raises:
+        ValueError: there are several criteria.
+    """
+    if scores.shape[-1] != 1:
+        raise ValueError(f"scores: expected one criterion, got {scores.shape[-1]}; combine them with weights")
+    return scores[..., 0]
 
 
 def base_model(model: nn.Module) -> transformers.PreTrainedModel:
@@ -82,6 +130,40 @@ def lm_head(model: nn.Module) -> Head:
     if not isinstance(head, nn.Linear):
         raise ValueError(f"lm_head: output head: expected nn.Linear, got {type(head).__name__}")
     return Head(head.weight, head.bias, lora, logit_scale(config), softcap(config))
+
+
+def score_head(model: nn.Module) -> ScoreHead:
+    """The score head of a reward model or critic, with what its config says of each criterion.
+
+    Raises:
+        ValueError: bias, mean or std have not one value a criterion.
+    """
+    base: Any = base_model(model)
+    names = tuple(getattr(base.config, "fastrl_score_names", None) or (SCORE,))
+
+    def per_criterion(field: str, default: Any) -> Any:
+        value = getattr(base.config, field, default)
+        values = tuple(value) if isinstance(value, (list, tuple)) else value if value is None else (value,)
+        if values is not None and len(values) != len(names):
+            raise ValueError(f"config.json: {field}: expected {len(names)} values, one a criterion, got {value}")
+        return values
+
+    bias = per_criterion("fastrl_score_bias", [0.0] * len(names))
+    mean, std = (per_criterion(f"fastrl_score_{field}", None) for field in ("mean", "std"))
+    return ScoreHead(base.score, names, bias, mean, std)
+
+
+@torch.no_grad()
+def normalize_head(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Replace the scores of each criterion by (score - mean) / std: the gain goes into the head's weight, the bias into
+    the config.
+    """
+    head, config = score_head(model), base_model(model).config
+    for row, deviation in zip(cast(Any, head.layer).weight, std, strict=True):
+        row.div_(deviation)
+    bias = [(old + m) / s for old, m, s in zip(head.bias, mean, std, strict=True)]
+    for field, values in {"bias": bias, "mean": mean, "std": std}.items():
+        setattr(config, f"fastrl_score_{field}", values[0] if len(values) == 1 else list(values))
 
 
 def logit_scale(config: Any) -> float:

@@ -1,9 +1,4 @@
-"""Models as the loops use them: loading, adapters, hidden states, heads, scores, log-probabilities.
-
-Everything is an ordinary transformers or PEFT module; the functions here only reach the parts that
-the fused ops need (the hidden states below a head and the head's weights), whatever wrapper is
-around them.
-"""
+"""Models and tokenizers of folders and hub ids, checked; an adapter folder is merged into its base."""
 
 from __future__ import annotations
 
@@ -23,15 +18,16 @@ from fastrl.folders import (
     check_has_weights,
     is_adapter,
     read_config,
-    read_json,
     reading,
 )
 from fastrl.models.heads import base_model
 from fastrl.models.merging import merge_adapter
 from fastrl.models.score_heads import (
     CLASSIFIER,
+    check_one_criterion,
     check_score_head,
     claims_score_head,
+    read_score_fields,
     saved_score,
     set_pad_token,
     with_scalar_head,
@@ -46,8 +42,6 @@ KINDS = {
     ),
 }
 TRAIN_ONE = "train one with `fastrl reward`"
-SCORE_FILE = "fastrl_score.json"
-SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std")
 
 
 def default_device() -> str:
@@ -71,7 +65,9 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
-    """Tokenizer of a folder or hub id; where it has no pad token of its own, eos stands in for it.
+    """Tokenizer of a folder or hub id; of its base where an adapter folder has none.
+
+    Where it has no pad token of its own, eos stands in for it.
 
     Raises:
         FileNotFoundError: path looks like a folder and does not exist.
@@ -79,7 +75,7 @@ def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
     """
     path = _existing(path)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = _existing(adapter_base(path))
+        return load_tokenizer(adapter_base(path))
     if Path(path).is_dir():
         check_has_tokenizer(Path(path))
     with reading(path):
@@ -116,10 +112,12 @@ def load_scalar_model(
 ) -> transformers.PreTrainedModel:
     """Reward model of a folder or hub id, with its own head, which is fp32, and its score bias, in eval mode.
 
+    The head has one output, or one for each criterion that `fastrl_score_names` names (`heads.ScoreHead`).
+
     An adapter folder is loaded and merged into its base, which may be a causal LM if the adapter brings the head.
 
     Raises:
-        ValueError: there is no head, or it has more outputs than one.
+        ValueError: there is no head, or it has more outputs than names.
     """
     path, device = _existing(path), usable_device(device)
     if is_adapter(path):
@@ -142,7 +140,9 @@ def start_scalar_model(
     """
     path = _existing(path)
     if claims_score_head(path):
-        return load_scalar_model(path, dtype=dtype, device=device)
+        model = load_scalar_model(path, dtype=dtype, device=device)
+        check_one_criterion(model, path)
+        return model
     return with_scalar_head(load_policy(path, dtype=dtype, device=device)).eval()
 
 
@@ -220,7 +220,7 @@ def _from_pretrained(auto_class: Any, path: str, dtype: str | torch.dtype) -> An
 
 def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -> Any:
     """Base and adapter merged; the head is the adapter's own where it brings one, else the base's."""
-    score, base_path = saved_score(path), _existing(adapter_base(path))
+    fields, score, base_path = read_score_fields(path), saved_score(path), _existing(adapter_base(path))
     if claims_score_head(base_path):
         base = load_scalar_model(base_path, dtype=dtype, device=device)
     elif score is None:
@@ -229,14 +229,14 @@ def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -
             f" `score.weight`, and its base {base_path} is a language model; {TRAIN_ONE}"
         )
     else:
-        base = with_scalar_head(load_policy(base_path, dtype=dtype, device=device))
+        policy = load_policy(base_path, dtype=dtype, device=device)
+        base = with_scalar_head(policy, fields.get("fastrl_score_names", ()))
     model: Any = _merged(base, path)
     if score is not None:
         model.score.weight.data = score.to(model.score.weight)
     if (Path(path) / "tokenizer_config.json").is_file():
         set_pad_token(model, load_tokenizer(path))
-    score_file = Path(path) / SCORE_FILE
-    for name, value in (read_json(score_file) if score_file.is_file() else {}).items():
+    for name, value in fields.items():
         setattr(model.config, name, value)
     return model
 

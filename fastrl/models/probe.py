@@ -8,7 +8,7 @@ family but tried, and what does not fit is refused with the measured difference:
     log-probs    `response_logprobs`, with and without left padding, against log_softmax of the model's own logits
     cache        decoded steps, rows left-padded and exchanged, against the same logits; without a usable cache a model
                  is sampled without one
-    scores       `token_scores` against the logits of transformers' own classifier
+    scores       `Scorer` against the logits of transformers' own classifier
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastrl.models import final_hidden, response_logprobs, token_scores
+from fastrl.models import final_hidden, response_logprobs
 from fastrl.models.decoding import NO_CACHE, evaluating, next_logits
-from fastrl.models.heads import base_model, lm_head
+from fastrl.models.forward import as_scorer
+from fastrl.models.heads import base_model, lm_head, score_head
 from fastrl.models.weights import check_sizes
 
 LENGTH, SHORT, STEPS = 12, 6, 3  # tokens of the probe's two rows; decoded steps
@@ -88,13 +89,14 @@ def check_scalar(model: Any, tokenizer: Any, path: str | Path) -> None:
         short = final_hidden(model, *with_padding(ids[0]))[1, -SHORT:]
         check.same("states after left padding", short, hidden[0, :SHORT], spread, NOT_OURS)
 
-        scores = token_scores(model, ids, every) + getattr(base.config, "fastrl_score_bias", 0.0)  # (2, T)
+        scores = as_scorer(model)(ids, every, last_only=False)  # (2, T, C)
+        scores = scores + scores.new_tensor(score_head(model).bias)
         cast = base.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
         try:
             own = check.attempt("forward pass", lambda: torch.cat([base(input_ids=row[None]).logits for row in ids]))
         finally:
             cast.remove()
-        check.same("scores", scores[:, -1:], own, scores.abs().mean(), NOT_OURS)
+        check.same("scores", scores[:, -1], own, scores.abs().mean(), NOT_OURS)
 
 
 def check_steps(model: Any, ids: Tensor, own: Tensor, spread: Tensor, check: Comparison) -> None:

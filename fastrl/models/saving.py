@@ -15,7 +15,8 @@ from fastrl.checks import NonFiniteError
 from fastrl.folders import is_adapter
 from fastrl.model_files import replacing
 from fastrl.models.heads import base_model
-from fastrl.models.loading import SCORE_FIELDS, SCORE_FILE, quiet_transformers
+from fastrl.models.loading import quiet_transformers
+from fastrl.models.score_heads import SCORE_FIELDS, SCORE_FILE
 from fastrl.models.stopping import write_generation_config
 
 
@@ -51,7 +52,7 @@ def save_merged_base(
     """Give a model that was merged from an adapter folder a folder of its own, `output/base`;
     else do nothing.
 
-    Call it before `add_lora`: the new adapter then names `output/base` as its base, so that
+    Call it before `tune`: the new adapter then names `output/base` as its base, so that
     plain PEFT loads it.
     """
     if not is_adapter(model.config._name_or_path):

@@ -1,11 +1,13 @@
-"""Scalar heads: the layer `score` that makes a reward model or a critic of a backbone, on disk and in memory.
+"""Score heads as they are made, saved and found: the layer `score` makes a reward model or a critic of a backbone.
 
-Such models are ordinary sequence classifiers of transformers with one label, as TRL's reward models are.
+Such models are ordinary sequence classifiers of transformers with one label a criterion, most often one alone, as TRL's
+reward models are.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from torch import Tensor, nn
 
 from fastrl.data.templates import end_token_id
 from fastrl.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json
+from fastrl.models.heads import score_head
 from fastrl.models.weights import check_config, weight_names
 
 CLASSIFIER = "a model with a sequence classification class, which reward models and critics are"
+SCORE_FILE = "fastrl_score.json"  # beside an adapter: what a full model has in its config.json
+SCORE_FIELDS = ("fastrl_score_bias", "fastrl_score_mean", "fastrl_score_std", "fastrl_score_names")
 
 
 def claims_score_head(path: str) -> bool:
@@ -37,10 +42,10 @@ def claims_score_head(path: str) -> bool:
 
 
 def saved_score(adapter: str | Path) -> Tensor | None:
-    """(1, H) weight of the head that an adapter folder brings; None if it brings none.
+    """(C, H) weight of the head that an adapter folder brings; None if it brings none.
 
     Raises:
-        ValueError: the head has more outputs than one.
+        ValueError: the head has more outputs than names.
     """
     file = Path(adapter) / ADAPTER_WEIGHTS
     if not file.is_file():
@@ -48,28 +53,52 @@ def saved_score(adapter: str | Path) -> Tensor | None:
     with safe_open(file, "pt") as tensors:
         name = next((key for key in tensors.keys() if key.endswith(".score.weight")), None)
         weight = tensors.get_tensor(name) if name else None
-    if weight is not None and weight.shape[0] != 1:
-        raise ValueError(f"{file}: {name}: {_one_output(weight.shape[0])}")
+    if weight is not None:
+        _check_outputs(len(weight), read_score_fields(adapter).get("fastrl_score_names"), f"{file}: {name}")
     return weight
 
 
+def read_score_fields(adapter: str | Path) -> dict[str, Any]:
+    """What an adapter folder says of its criteria, as a full model's config does; {} if nothing."""
+    file = Path(adapter) / SCORE_FILE
+    return read_json(file) if file.is_file() else {}
+
+
 def check_score_head(model: Any, path: str) -> None:
-    """Raise ValueError unless the model has a linear head `score` with one output."""
+    """Raise ValueError unless the model has a linear head `score` with one output, or one a name of its criteria."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{path}: expected a {type(model).__name__} with a linear head `score`, got none; choose a causal"
             " (decoder-only) model"
         )
-    if head.out_features != 1:
-        raise ValueError(f"{path}: config.json: num_labels: {_one_output(head.out_features)}")
+    names = getattr(model.config, "fastrl_score_names", None)
+    _check_outputs(head.out_features, names, f"{path}: config.json: num_labels")
 
 
-def with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The classifier of the policy's family around the policy's own backbone, with a fresh head `score`."""
+def check_one_criterion(model: Any, path: str | Path) -> None:
+    """Raise ValueError if a model scores several criteria, where one score is needed."""
+    names = score_head(model).names
+    if len(names) != 1:
+        raise ValueError(
+            f"{path}: expected a reward model with one score, got {len(names)} criteria: {', '.join(names)}"
+        )
+
+
+def with_scalar_head(
+    policy: transformers.PreTrainedModel, criteria: Sequence[str] = ()
+) -> transformers.PreTrainedModel:
+    """The classifier of the policy's family around the policy's own backbone, with a fresh head `score`.
+
+    It has one output, or one for each of several named criteria.
+    """
     path = policy.config._name_or_path
     config = copy.deepcopy(policy.config)
-    config.num_labels = 1
+    config.num_labels = outputs = max(len(criteria), 1)
+    if len(criteria) > 1:
+        config.fastrl_score_names = list(criteria)
+        config.id2label = dict(enumerate(criteria))
+        config.label2id = {name: i for i, name in enumerate(criteria)}
     check_config(path, config, transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, CLASSIFIER)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -81,14 +110,14 @@ def with_scalar_head(policy: transformers.PreTrainedModel) -> transformers.PreTr
         )
     setattr(model, model.base_model_prefix, backbone)
     check_score_head(model, path)
-    model.score = fresh_scalar_head(model.score.in_features).to(policy.device)
+    model.score = fresh_scalar_head(model.score.in_features, outputs).to(policy.device)
     model.config._name_or_path = model.name_or_path = path
     return model
 
 
-def fresh_scalar_head(hidden_size: int) -> nn.Linear:
-    """Linear(hidden_size, 1) without bias, weights N(0, 1 / sqrt(hidden_size + 1)), fp32 (Ziegler et al. 2019)."""
-    head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+def fresh_scalar_head(hidden_size: int, outputs: int = 1) -> nn.Linear:
+    """Linear(hidden_size, outputs) without bias, fp32, N(0, 1 / sqrt(hidden_size + 1)) after Ziegler et al. 2019."""
+    head = nn.Linear(hidden_size, outputs, bias=False, dtype=torch.float32)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
     return head
 
@@ -114,8 +143,14 @@ def set_pad_token(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def _one_output(outputs: int) -> str:
-    return (
-        f"{outputs} outputs, expected 1: a reward model gives one score; a classifier over several labels is none:"
-        " train one with `fastrl reward`, or save it with num_labels=1"
-    )
+def _check_outputs(outputs: int, names: Any, where: str) -> None:
+    """Raise ValueError unless there is one output, or one for each of several different names."""
+    if names is not None:
+        if not isinstance(names, list) or len(names) != outputs or len(set(map(str, names))) != outputs:
+            raise ValueError(f"{where}: {outputs} outputs, expected one for each of fastrl_score_names, got {names!r}")
+    elif outputs != 1:
+        raise ValueError(
+            f"{where}: {outputs} outputs, expected 1: a reward model gives one score, or one for each criterion that"
+            " fastrl_score_names names; a classifier over several labels is none: train one with `fastrl reward`, or"
+            " save it with num_labels=1"
+        )

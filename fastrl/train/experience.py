@@ -117,21 +117,21 @@ def map_rows(function: Callable[[Trajectory], Sequence[Tensor]], trajectory: Tra
     return [sum_over_ranks(output) for output in outputs]
 
 
-def response_scores(reward_model: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
+def response_scores(scorer: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
     """(B,) score on the last kept token of each row."""
 
     def score(part: Trajectory) -> list[Tensor]:
-        return [last_token_scores(reward_model, part.input_ids, part.attention_mask)]
+        return [last_token_scores(scorer, part.input_ids, part.attention_mask)]
 
     return map_rows(score, trajectory, size)[0]
 
 
-def sampled_logprobs(model: nn.Module, trajectory: Trajectory, size: int, temperature: float) -> list[Tensor]:
+def sampled_logprobs(policy: nn.Module, trajectory: Trajectory, size: int, temperature: float) -> list[Tensor]:
     """Log-probs and entropies (B, R) at the sampled tokens."""
 
     def logprobs(part: Trajectory) -> Any:
         return response_logprobs(
-            model,
+            policy,
             part.input_ids,
             part.attention_mask,
             part.response_mask,

@@ -22,10 +22,8 @@ from torch import Tensor
 from fastrl.data import Prompt, load_prompts
 from fastrl.data.split import load_split
 from fastrl.data.templates import check_same_template, record_template
-from fastrl.integrations.peft import merged
 from fastrl.masked import masked_mean
-from fastrl.models import check_context, context_length, load_tokenizer
-from fastrl.models.lora import lora_settings
+from fastrl.models import Policy, check_context, context_length, load_tokenizer, saves_adapter
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
 from fastrl.ops import Advantages, ppo_advantages
@@ -40,7 +38,7 @@ from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
 from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, shuffled_indices, summarise
 from fastrl.train.ppo_update import UpdateSettings, update
-from fastrl.train.roles import Roles, add_adapters, load_roles, save_merged_bases, score_trajectory
+from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles
 
 PRINTED_SAMPLES = 3
 
@@ -75,23 +73,24 @@ class PPOConfig(UpdateSettings, SamplingSettings, TunerSettings, OptimSettings, 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and held-out ones, at most `batch_size`. Too long ones are dropped and counted."""
-    for model in (roles.policy, roles.critic):
+    models = roles.policy.model, roles.critic.model
+    for model in models:
         check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
-    contexts = [context_length(model) or math.inf for model in (roles.policy, roles.critic)]
+    contexts = [context_length(model) or math.inf for model in models]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
     return load_split(load_prompts, cfg, tokenizer, holdout=0.1, most=cfg.batch_size, max_prompt_length=room)
 
 
-def stop_ids(policy: Any, tokenizer: Any, cfg: PPOConfig) -> list[int]:
+def stop_ids(policy: Policy, tokenizer: Any, cfg: PPOConfig) -> list[int]:
     """Ids of the tokens that end a response."""
-    return find_stop_token_ids(tokenizer, policy, [token for token in cfg.stop_tokens.split(",") if token])
+    return find_stop_token_ids(tokenizer, policy.model, [token for token in cfg.stop_tokens.split(",") if token])
 
 
-def sample(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
+def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
     """Responses that depend on the weights, the seed and the number of the iteration alone, and on no other row."""
-    with merged(policy) if cfg.merge_adapter else nullcontext():
+    with policy.tuner.merged() if cfg.merge_adapter else nullcontext():
         part = rollout(
-            policy,
+            policy.model,
             tokenizer,
             [prompt.input_ids for prompt in prompts],
             max_new_tokens=cfg.max_new_tokens,
@@ -179,19 +178,18 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     # models, prompts; the folder is this run's once nothing can be refused
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    lora = lora_settings(cfg)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype, device=run.device)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=run.device)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
     run.claim()
-    if lora:
+    if saves_adapter(cfg):
         run.write(lambda: save_merged_bases(roles, tokenizer, cfg.output))
-        roles = add_adapters(roles, lora)
+    roles = tune_roles(roles, cfg)
     learners = make_learners(roles, cfg)
 
     def save(folder: Path) -> None:
-        save_model(roles.policy, tokenizer, folder)
-        save_model(roles.critic, tokenizer, folder / "critic")
+        save_model(roles.policy.model, tokenizer, folder)
+        save_model(roles.critic.model, tokenizer, folder / "critic")
 
     run.begin(cfg.iterations, learners, save)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from fastrl.models import response_logprobs
 from fastrl.ops import PPOStats, ppo_loss
 from fastrl.run.config import option
 from fastrl.run.distributed import share
@@ -101,13 +99,7 @@ def minibatch_loss(
 ) -> Tensor:
     """Loss of policy and critic on rows of a minibatch that keeps `kept` tokens; its statistics go to `parts`."""
     batch = select_rows(experience, rows)
-    logprobs: Any = response_logprobs(
-        roles.policy,
-        batch.input_ids,
-        batch.attention_mask,
-        batch.response_mask,
-        temperature=temperature,
-    )
+    logprobs = roles.policy(batch.input_ids, batch.attention_mask, batch.response_mask, temperature=temperature)
     loss, stats = ppo_loss(
         logprobs,
         batch_values(roles.critic, batch),

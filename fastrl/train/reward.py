@@ -24,14 +24,14 @@ from fastrl.data.batches import chunks, ranking_batch
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import (
-    base_model,
+    Scorer,
     check_context,
-    check_lora,
+    check_tuner,
     last_token_scores,
     load_tokenizer,
     start_scalar_model,
 )
-from fastrl.models.lora import lora_settings
+from fastrl.models.heads import normalize_head
 from fastrl.models.probe import check_scalar
 from fastrl.models.saving import save_model
 from fastrl.models.score_heads import pad_apart, set_pad_token
@@ -90,12 +90,12 @@ def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[s
 
 
 def report_held_out(
-    run: Run, model: Any, tokenizer: Any, held_out: Sequence[Preference], cfg: RewardConfig
+    run: Run, scorer: Scorer, tokenizer: Any, held_out: Sequence[Preference], cfg: RewardConfig
 ) -> dict[str, float]:
     """Held-out loss and accuracy, and scored answers to the first few prompts; {} if none."""
     if not held_out:
         return {}
-    scores = score_preferences(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     metrics = ranking_metrics(scores, held_out)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
@@ -108,12 +108,11 @@ def report_held_out(
     return metrics
 
 
-@torch.no_grad()
 def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
     """Make the given scores of `model` have mean 0 and (population) variance 1.
 
     score' = (score - mean) / std: the gain is folded into the head's weight, the bias is kept in
-    the config, where it is subtracted from the head's output by `models.token_scores`.
+    the config, where it is subtracted from the head's output by `Scorer.forward`.
     """
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     if not std > 1e-6:
@@ -121,10 +120,7 @@ def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
             f"normalize_scores: scores: expected some variance, got mean {mean}, std {std}:"
             " the reward model tells no responses apart; train longer or check the preferences"
         )
-    base: Any = base_model(model)
-    base.score.weight.div_(std)
-    base.config.fastrl_score_bias = (getattr(base.config, "fastrl_score_bias", 0.0) + mean) / std
-    base.config.fastrl_score_mean, base.config.fastrl_score_std = mean, std
+    normalize_head(model, [mean], [std])
     return {"score_mean": mean, "score_std": std}
 
 
@@ -150,29 +146,27 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
-    lora = lora_settings(cfg)
-    if lora:
-        check_lora(model, lora)
+    check_tuner(model, cfg)
 
     # 2 preferences
     items, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
-    # 3 adapters, optimizer, schedule, batches
-    learner, batches = begin_epochs(run, cfg, model, tokenizer, items)
-    model, metrics = learner.model, {}
+    # 3 tuner, optimizer, schedule, batches
+    scorer, learner, batches = begin_epochs(run, cfg, model, tokenizer, items, Scorer)
+    metrics: dict[str, float] = {}
     if run.done == 0:
-        report_held_out(run, model, tokenizer, held_out, cfg)
+        report_held_out(run, scorer, tokenizer, held_out, cfg)
 
     def loss_of(micro: Sequence[Preference], count: int, scores: list[list[float]]) -> Tensor:
-        batch = ranking_batch(micro, tokenizer.pad_token_id, model.device)
-        loss, micro_scores = reward_loss(model, batch, center_coef=cfg.center_coef)
+        batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device)
+        loss, micro_scores = reward_loss(scorer, batch, center_coef=cfg.center_coef)
         scores += by_prompt(micro_scores, micro)
         return loss * (len(micro) / count)
 
     for step in run.steps():
         # 4 gradients; each prompt weighs the same, however many pairs it has
-        model.train()
+        scorer.train()
         prompts = sorted(next(batches), key=_length)
         scores: list[list[float]] = []
         loss = accumulate(share(prompts), cfg.micro_batch_size, partial(loss_of, count=len(prompts), scores=scores))
@@ -188,14 +182,14 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
         metrics = {"loss": total, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
         run.report(metrics, tokens=sum(map(_tokens, prompts)))
         if run.due(cfg.eval_every) and step < run.total:
-            report_held_out(run, model, tokenizer, held_out, cfg)
+            report_held_out(run, scorer, tokenizer, held_out, cfg)
 
     # 7 evaluate, normalise and save
-    metrics |= report_held_out(run, model, tokenizer, held_out, cfg)
+    metrics |= report_held_out(run, scorer, tokenizer, held_out, cfg)
     seen = next(shuffled_batches(len(items), cfg.normalize_prompts or len(items), seed=cfg.seed, epoch=0))
-    raw = score_preferences(model, [items[i] for i in seen], tokenizer.pad_token_id, cfg.micro_batch_size)
-    metrics |= normalize_scores(model, raw)
-    run.write(lambda: save_model(model, tokenizer, cfg.output))
+    raw = score_preferences(scorer, [items[i] for i in seen], tokenizer.pad_token_id, cfg.micro_batch_size)
+    metrics |= normalize_scores(scorer.model, raw)
+    run.write(lambda: save_model(scorer.model, tokenizer, cfg.output))
     return {"steps": run.total, "output": cfg.output, **metrics}
 
 

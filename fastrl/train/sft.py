@@ -22,8 +22,7 @@ from fastrl.data import Example, load_examples
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
-from fastrl.models import check_context, check_lora, load_policy, load_tokenizer
-from fastrl.models.lora import lora_settings
+from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer
 from fastrl.models.probe import check_policy
 from fastrl.models.saving import save_model
 from fastrl.rollout import decode_responses, rollout
@@ -72,16 +71,16 @@ def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_
 
 
 def report_held_out(
-    run: Run, model: Any, tokenizer: Any, held_out: Sequence[Example], cfg: SFTConfig
+    run: Run, policy: Policy, tokenizer: Any, held_out: Sequence[Example], cfg: SFTConfig
 ) -> dict[str, float]:
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
-    metrics = evaluate(model, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     if is_main():
-        for text in sample_answers(model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
+        for text in sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
             run.print(text)
     return metrics
 
@@ -108,26 +107,24 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
     check_context(model, cfg.max_length, "max_length")
     if cfg.samples > 0:
         check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
-    lora = lora_settings(cfg)
-    if lora:
-        check_lora(model, lora)
+    check_tuner(model, cfg)
 
     # 2 data
     items, held_out = load_split(load_examples, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
-    # 3 adapters, optimizer, schedule, batches; the folder is this run's once nothing can be refused
-    learner, batches = begin_epochs(run, cfg, model, tokenizer, items)
-    model, metrics = learner.model, {}
+    # 3 tuner, optimizer, schedule, batches; the folder is this run's once nothing can be refused
+    policy, learner, batches = begin_epochs(run, cfg, model, tokenizer, items, Policy)
+    metrics: dict[str, float] = {}
     if run.done == 0:
-        report_held_out(run, model, tokenizer, held_out, cfg)
+        report_held_out(run, policy, tokenizer, held_out, cfg)
 
     def loss_of(micro: Sequence[Example], targets: int) -> Tensor:
-        return sft_loss(model, sft_batch(micro, tokenizer.pad_token_id, model.device), denominator=max(1, targets))
+        return sft_loss(policy, sft_batch(micro, tokenizer.pad_token_id, policy.device), denominator=max(1, targets))
 
     for step in run.steps():
         # 4 gradients of the whole step, micro-batch by micro-batch; similar lengths together
-        model.train()
+        policy.train()
         examples = sorted(next(batches), key=lambda e: len(e.input_ids))
         targets = supervised_tokens(examples)
         loss = accumulate(share(examples), cfg.micro_batch_size, partial(loss_of, targets=targets))
@@ -141,9 +138,9 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
         metrics = {"loss": total, "lr": lr, "grad_norm": grad_norm, "supervised_tokens": targets}
         run.report(metrics, tokens=sum(len(e.input_ids) for e in examples))
         if run.due(cfg.eval_every) and step < run.total:
-            report_held_out(run, model, tokenizer, held_out, cfg)
+            report_held_out(run, policy, tokenizer, held_out, cfg)
 
     # 7 evaluate and save
-    metrics |= report_held_out(run, model, tokenizer, held_out, cfg)
-    run.write(lambda: save_model(model, tokenizer, cfg.output))
+    metrics |= report_held_out(run, policy, tokenizer, held_out, cfg)
+    run.write(lambda: save_model(policy.model, tokenizer, cfg.output))
     return {"steps": run.total, "output": cfg.output, **metrics}

@@ -13,8 +13,7 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrl.checks import NonFiniteError
-from fastrl.models import load_tokenizer, response_logprobs
-from fastrl.models.lora import lora_settings
+from fastrl.models import as_policy, base_model, load_tokenizer, response_logprobs
 from fastrl.ops import PPOStats, ppo_loss
 from fastrl.rollout import Trajectory
 from fastrl.run.optim import Learner, make_schedule
@@ -33,7 +32,7 @@ from fastrl.train.experience import (
 )
 from fastrl.train.ppo import PPOConfig, compute_advantages, main, sample, score_samples
 from fastrl.train.ppo_update import update
-from fastrl.train.roles import add_adapters, load_roles
+from fastrl.train.roles import load_roles, tune_roles
 
 EOS, LIKED = 1, slice(130, 259)
 
@@ -103,10 +102,8 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
     """Roles and tokenizer; `jitter` moves the trained models away from the frozen ones."""
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.model)
-    lora = lora_settings(cfg)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, lora=lora, dtype=cfg.dtype)
-    if lora:
-        roles = add_adapters(roles, lora)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype)
+    roles = tune_roles(roles, cfg)
     with torch.no_grad():
         for model in (roles.policy, roles.critic):
             for parameter in model.parameters():
@@ -154,10 +151,11 @@ def test_alignment_against_sequences_one_by_one(config, tiny_policy, tiny_scalar
             ids, length, start = torch.tensor([prompt + response]), len(response), len(prompt) - 1
             targets = torch.tensor(response)[:, None]
             policy, sft = (
-                (model(input_ids=ids).logits[0, start:-1] / 0.7).log_softmax(-1) for model in (roles.policy, reference)
+                (model(input_ids=ids).logits[0, start:-1] / 0.7).log_softmax(-1)
+                for model in (roles.policy.model, reference)
             )
             entropy = -(policy.exp() * policy).sum(-1)
-            critic = roles.critic.get_base_model() if rank else roles.critic
+            critic = base_model(roles.critic.model)
             values = critic.score(critic.model(input_ids=ids).last_hidden_state)[0, start:-1, 0]
             for name, expected in {
                 "logprobs": policy.gather(1, targets)[:, 0],
@@ -413,7 +411,7 @@ def test_reported_kl_is_the_log_ratio_to_the_sft_policy(config):
     roles, tokenizer = ready(cfg)
     _, held_out = ppo.read_prompts(cfg, roles, tokenizer)
     after = AutoModelForCausalLM.from_pretrained(cfg.output).eval()
-    trajectory = sample(after, tokenizer, held_out, cfg, 0)
+    trajectory = sample(as_policy(after), tokenizer, held_out, cfg, 0)
     batch = (trajectory.input_ids, trajectory.attention_mask, trajectory.response_mask)
     with torch.no_grad():
         kl = [response_logprobs(model, *batch, temperature=0.9).sum(1) for model in (after, roles.policy)]
@@ -461,7 +459,7 @@ def test_an_sft_adapter_is_merged_and_is_the_reference(config, tiny_policy, tmp_
     roles, _ = ready(cfg)
     ids = torch.tensor([[70, 71, 72]])
     with torch.no_grad():
-        torch.testing.assert_close(roles.policy(ids).logits, sft.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(roles.policy.model(ids).logits, sft.eval()(ids).logits, atol=1e-4, rtol=1e-4)
     base = peft.PeftConfig.from_pretrained(cfg.output).base_model_name_or_path
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(base)(ids).logits
@@ -549,4 +547,5 @@ def test_settings_of_the_optimizer_and_the_adapters_reach_ppo(config):
     records = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
     assert [r["lr"] for r in records if r["kind"] == "train"] == [5e-4, 1e-3, 1e-3]
     assert json.loads((Path(cfg.output) / "adapter_config.json").read_text())["lora_alpha"] == 12
-    assert lora_settings(config()).alpha == 2 * config().lora_rank
+    roles, _ = ready(config())
+    assert roles.policy.model.peft_config["default"].lora_alpha == 2 * config().lora_rank
