@@ -55,15 +55,13 @@ class ScoreHead(NamedTuple):
     """Linear head of a reward model or critic: scores = layer(hidden) - bias, one column for each of C criteria.
 
     The layer is the model's `score`, and stays transformers' own; the rest is in config.json, so that a folder is an
-    ordinary classifier with C labels: `fastrl_score_bias`, `_mean` and `_std`, which for C > 1 are lists, and then
-    `fastrl_score_names`.
+    ordinary classifier with C labels: `fastrl_score_bias`, beside it mean and standard deviation before the scores were
+    normalised, `fastrl_score_mean` and `_std`; for C > 1 these are lists, and `fastrl_score_names` is there.
     """
 
     layer: nn.Module  # (..., H) -> (..., C)
     names: tuple[str, ...] = (SCORE,)
     bias: tuple[float, ...] = (0.0,)
-    mean: tuple[float, ...] | None = None  # of the scores before they were normalised
-    std: tuple[float, ...] | None = None
 
     def scores(self, hidden: Tensor) -> Tensor:
         """(..., C) fp32 scores of hidden states (..., H)."""
@@ -133,24 +131,21 @@ def lm_head(model: nn.Module) -> Head:
 
 
 def score_head(model: nn.Module) -> ScoreHead:
-    """The score head of a reward model or critic, with what its config says of each criterion.
+    """The score head of a reward model or critic, with the names and biases of its config.
 
     Raises:
-        ValueError: bias, mean or std have not one value a criterion.
+        ValueError: there is not one bias a criterion.
     """
     base: Any = base_model(model)
     names = tuple(getattr(base.config, "fastrl_score_names", None) or (SCORE,))
-
-    def per_criterion(field: str, default: Any) -> Any:
-        value = getattr(base.config, field, default)
-        values = tuple(value) if isinstance(value, (list, tuple)) else value if value is None else (value,)
-        if values is not None and len(values) != len(names):
-            raise ValueError(f"config.json: {field}: expected {len(names)} values, one a criterion, got {value}")
-        return values
-
-    bias = per_criterion("fastrl_score_bias", [0.0] * len(names))
-    mean, std = (per_criterion(f"fastrl_score_{field}", None) for field in ("mean", "std"))
-    return ScoreHead(base.score, names, bias, mean, std)
+    bias = getattr(base.config, "fastrl_score_bias", None)
+    if bias is None:
+        bias = [0.0] * len(names)
+    elif not isinstance(bias, (list, tuple)):
+        bias = [bias]
+    if len(bias) != len(names):
+        raise ValueError(f"config.json: fastrl_score_bias: expected {len(names)} values, one a criterion, got {bias}")
+    return ScoreHead(base.score, names, tuple(bias))
 
 
 @torch.no_grad()

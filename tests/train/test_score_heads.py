@@ -61,7 +61,7 @@ def test_criteria_are_normalised_each_on_its_own(model):
     torch.testing.assert_close(scores(model), expected, atol=1e-5, rtol=1e-5)
     normalize_head(model, [1.0, 1.0, 1.0], [4.0, 4.0, 4.0])
     torch.testing.assert_close(scores(model), (expected - 1) / 4, atol=1e-5, rtol=1e-5)
-    assert score_head(model).mean == (1.0, 1.0, 1.0) and score_head(model).std == (4.0, 4.0, 4.0)
+    assert model.config.fastrl_score_mean == [1.0, 1.0, 1.0] and model.config.fastrl_score_std == [4.0, 4.0, 4.0]
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
@@ -77,6 +77,7 @@ def test_several_criteria_survive_a_folder(model, tiny_tokenizer, tmp_path, adap
     again = load_scalar_model(folder)
     torch.testing.assert_close(scores(again), scores(model), atol=1e-5, rtol=1e-5)
     assert score_head(again)[1:] == score_head(model)[1:]
+    assert again.config.fastrl_score_mean == MEAN and again.config.fastrl_score_std == STD
     assert again.config.id2label == dict(enumerate(CRITERIA))
     if adapted:
         plain = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3)
@@ -129,5 +130,5 @@ def test_names_that_do_not_fit_the_outputs_are_refused(model, tiny_tokenizer, tm
 
 def test_a_bias_for_each_criterion_is_expected(model):
     model.config.fastrl_score_bias = 0.5
-    with pytest.raises(ValueError, match="fastrl_score_bias: expected 3 values, one a criterion, got 0.5"):
+    with pytest.raises(ValueError, match="fastrl_score_bias: expected 3 values, one a criterion, got .0.5."):
         scores(model)
