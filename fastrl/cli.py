@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(command, arguments[1:])
     except KeyboardInterrupt as stop:
         if not _is_told(stop):
-            print(f"fastrl: {stop or 'interrupted'}", file=sys.stderr)
+            print(f"fastrl: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "status", 130)
     except Exception as error:
         if os.environ.get("FASTRL_DEBUG"):
