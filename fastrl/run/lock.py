@@ -20,31 +20,24 @@ def take_lock(folder: Path) -> list[Path]:
 
     Raises:
         ValueError: another run holds the lock.
+        OSError: the disk is full or read-only; nothing is left there.
     """
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while not _write_lock(folder / LOCK):
             _remove_if_stale(folder / LOCK)
-            continue
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(_this_process()) + "\n")
-            file.flush()
-            if _is_at(file, folder / LOCK):  # else it was taken for a stale one before it said whose it is
-                return made
+    except OSError:
+        _remove_empty(made)
+        raise
+    return made
 
 
 def release_lock(folder: Path, made: list[Path]) -> None:
     """Remove this process's lock, and the folders that `take_lock` made if nothing is in them."""
     if _read(folder / LOCK).get("pid") == os.getpid():
         (folder / LOCK).unlink(missing_ok=True)
-    for empty in made:
-        try:
-            empty.rmdir()
-        except OSError:
-            return
+    _remove_empty(made)
 
 
 def move_lock(source: Path, target: Path) -> None:
@@ -63,6 +56,30 @@ def move_lock(source: Path, target: Path) -> None:
         os.replace(source / LOCK, target / LOCK)
         return
     (source / LOCK).unlink()
+
+
+def _write_lock(path: Path) -> bool:
+    """Whether the file could be made and says that it is this process's."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        try:
+            file.write(json.dumps(_this_process()) + "\n")
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
+        return _is_at(file, path)  # else it was taken for a stale one before it said whose it is
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _remove_if_stale(path: Path) -> None:

@@ -25,7 +25,7 @@ from loops import reported, tiny_run
 from safetensors.torch import load_file
 
 LOSS, WEIGHT = 1e-5, 5e-5
-NAMES = ["sft", "sft, full", "sft, bf16", "reward", "ppo", "ppo, full"]
+NAMES = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def both(configs, tmp_path_factory):
     plans = {name: (name, {}, {}) for name in NAMES}
     plans |= {
         "exact": ("sft, full", exact, {}),
+        "exact bf16": ("sft, bf16", exact, {}),
         "exact reward": ("reward", exact, {}),
         "no targets": ("sft", exact, {"change": "no targets"}),
         "one row": ("sft", {**exact, "batch_size": 1}, {}),
@@ -116,12 +117,12 @@ def test_two_processes_equal_one(both, name):
     alone, seen, one, two = both(name)
     assert alone["error"] is None is seen[0]["error"] is seen[1]["error"]
     assert seen[0]["hashes"] == seen[1]["hashes"] and len(seen[0]["hashes"]) == len(alone["hashes"]) > 0
-    tolerance = {"loss": 2e-3, "weight": 2e-3} if "bf16" in name else {"loss": 1e-4} if "ppo" in name else {}
+    tolerance = {"loss": 1e-4} if "ppo" in name else {}
     assert_same_run(one, two, **tolerance)
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["exact", "exact reward", "no targets"])
+@pytest.mark.parametrize("name", ["exact", "exact bf16", "exact reward", "no targets"])
 def test_sums_of_two_terms_are_the_same_bits(both, name):
     """Two rows, one a micro-batch: a sum over micro-batches is the sum over ranks. A rank without targets adds 0."""
     alone, seen, one, two = both(name)
