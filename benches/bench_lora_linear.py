@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from fastrl.benches.harness import Case, compiled, ours
-from fastrl.ops import lora_linear, lora_linear_group
+from fastrl.ops import LoRAWeights, lora_linear, lora_linear_group
 
 RANK, SCALING = 16, 2.0
 LAYER = {"cpu": (2048, 576, (1536,)), "cuda": (8192, 4096, (4096,))}
@@ -44,7 +45,7 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
 
     def eager(i):
         return tuple(
-            linear(i["x"], w) + linear(linear(i["x"], a), b) * SCALING for w, a, b in (layer(i, n) for n in numbers)
+            linear(i["x"], w) + linear(linear(i["x"], a), b) * SCALING for w, a, b in (layer(i, n)[:3] for n in numbers)
         )
 
     small = rows * RANK * (len(outs) * k + sum(outs))  # multiply-adds of an adapter product on each side
@@ -73,14 +74,15 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
     )
 
 
-def layer(i, n):
-    return i[f"weight{n}"], i[f"lora_a{n}"], i[f"lora_b{n}"]
+def layer(i, n: int) -> LoRAWeights:
+    return LoRAWeights(i[f"weight{n}"], i[f"lora_a{n}"], i[f"lora_b{n}"], SCALING)
 
 
 def fused(i, numbers, backend):
-    layers = [(*layer(i, n), SCALING) for n in numbers]
+    layers = [layer(i, n) for n in numbers]
     if len(layers) == 1:
-        return lora_linear(i["x"], *layers[0], backend=backend)
+        only = layers[0]
+        return lora_linear(i["x"], *only[:3], only.scaling, backend=backend)
     return tuple(lora_linear_group(i["x"], layers, backend=backend))
 
 
@@ -91,14 +93,15 @@ def peft_layers(k: int, outs: tuple[int, ...]):
     @functools.cache
     def modules(device: torch.device):
         base = nn.ModuleList(nn.Linear(k, out, bias=False) for out in outs).to(device, torch.bfloat16)
-        config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[str(n) for n in range(len(outs))])
-        return list(get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model)
+        config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=[str(n) for n in range(len(outs))])
+        adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=False).base_model
+        return list(adapted.model)
 
     def run(i):
         layers = modules(i["x"].device)
         for n, module in enumerate(layers):
             holders = module.base_layer, module.lora_A["default"], module.lora_B["default"]
-            for holder, tensor in zip(holders, layer(i, n), strict=True):
+            for holder, tensor in zip(holders, layer(i, n)[:3], strict=True):
                 holder._parameters["weight"] = tensor
         return tuple(module(i["x"]) for module in layers)
 

@@ -133,10 +133,10 @@ def heads(device: str, sizes: Sizes) -> Iterator[Case]:
     for shape in sizes.token_logprobs:
         for wrt in ((), ("logits",)):
             yield bench_token_logprobs.case(*shape, wrt, device, quick=False)
-    for shape in sizes.heads:
+    for head in sizes.heads:
         for wrt in ((), ("hidden",)):  # the second under an upstream of its own for each token
-            yield bench_linear_logprobs.case(*shape, BF16, wrt, device, quick=False)
-        yield bench_linear_cross_entropy.case(*shape, BF16, bench_linear_cross_entropy.TRAINED, device, quick=False)
+            yield bench_linear_logprobs.case(*head, BF16, wrt, device, quick=False)
+        yield bench_linear_cross_entropy.case(*head, BF16, bench_linear_cross_entropy.TRAINED, device, quick=False)
 
 
 def row_kernels(rows: int, vocab: int, with_gradient: bool, device: str) -> Case:

@@ -62,7 +62,7 @@ def measure_all(path: Path, device: str, dry: bool) -> None:
     environment = machine.environment(device)
     found = {records.key(row): row for row in rows}
     todo = list(units(device, dry))
-    rates = machine.ceilings(device, {BF16}, **({"seconds": 0.02, "size": 128} if dry else {"seconds": 0.3}))
+    rates = machine.ceilings(device, {BF16}, seconds=0.02 if dry else 0.3, size=128 if dry else None)
     print("ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " (GB/s, GFLOP/s)")
     for number, (case, provider) in enumerate(todo, 1):
         begun = harness.identity(case, provider) | environment | {"status": BEGUN}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -39,7 +40,8 @@ def main(folder: Path, task: str) -> None:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
     model.to(settings.device)
     if task.startswith("sft-lora"):
         rank = settings.lora_rank

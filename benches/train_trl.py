@@ -39,13 +39,13 @@ class FixedResponses:
         self.ended.append(clock(queries.device.type))
         response = torch.stack([self.responses[tuple(row[row != PAD].tolist())] for row in queries]).to(queries)
         sequences = torch.cat([queries, response], 1)
-        logits = []
+        parts = []
         with torch.no_grad():
             for part in sequences.split(self.micro_batch):
                 output = ppo_trainer.forward(model, part, PAD)
-                logits.append(output.logits[:, queries.shape[1] - 1 : -1].clone())
+                parts.append(output.logits[:, queries.shape[1] - 1 : -1].clone())
                 del output
-        logits = torch.cat(logits)
+        logits = torch.cat(parts)
         self.begun.append(clock(queries.device.type))
         return sequences, logits
 

@@ -199,6 +199,10 @@ def _sum(parts: torch.Tensor, scale: float, out: torch.Tensor) -> None:
     )  # fmt: skip
 
 
+def _float32(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def _rank_block(rank: int, dtype: torch.dtype) -> int:
     """Ranks are padded to a power of two that the tensor cores take; large ones are cut, lest registers spill."""
     return min(max(16, triton.next_power_of_2(rank)), 16 if dtype == torch.float32 else 64)
@@ -230,17 +234,16 @@ def up_backward(
     block_r, split_o = _rank_block(rank, dy.dtype), 512
     block_m, block_o = (32, 16) if dy.dtype == torch.float32 else (256, 64) if block_r == 16 else (128, 32)
     m_splits, o_splits = triton.cdiv(rows, block_m), triton.cdiv(cols, split_o)
-    work = dict(dtype=torch.float32, device=dy.device)
-    ddown_parts = None if ddown is None else torch.empty(o_splits, rows, rank, **work)
-    dlora_b_parts = None if dlora_b is None else torch.empty(m_splits, cols, rank, **work)
+    ddown_parts = None if ddown is None else _float32(dy, o_splits, rows, rank)
+    dlora_b_parts = None if dlora_b is None else _float32(dy, m_splits, cols, rank)
     launch(
         lora_up_backward_kernel, (m_splits, o_splits, triton.cdiv(rank, block_r)), dy,
         dy, down, down.stride(0), lora_b, ddown_parts, dlora_b_parts, rows, cols, rank,
         BLOCK_M=block_m, BLOCK_O=block_o, SPLIT_O=split_o, BLOCK_R=block_r, num_warps=8, num_stages=2,
     )  # fmt: skip
-    if ddown is not None:
+    if ddown is not None and ddown_parts is not None:
         _sum(ddown_parts, scaling, ddown)
-    if dlora_b is not None:
+    if dlora_b is not None and dlora_b_parts is not None:
         _sum(dlora_b_parts, scaling, dlora_b)
 
 
@@ -251,7 +254,7 @@ def down_backward(
     (rows, cols), rank = x.shape, ddown.shape[1]
     block_r, block_m, split_m = _rank_block(rank, x.dtype), 32 if x.dtype == torch.float32 else 64, 512
     splits = triton.cdiv(rows, split_m)
-    parts = torch.empty(splits, rank, cols, dtype=torch.float32, device=x.device)
+    parts = _float32(x, splits, rank, cols)
     launch(
         lora_down_backward_kernel, (triton.cdiv(cols, COLUMNS.value), splits, triton.cdiv(rank, block_r)), x,
         ddown, x, x.stride(0), seed, dropout_threshold(probability), parts, rows, cols, rank,

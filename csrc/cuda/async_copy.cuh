@@ -2,30 +2,9 @@
 // registers, so a thread may ask for as many as there is room for.
 #pragma once
 
-#include "launch.h"
+#include <cuda_runtime.h>
 
 namespace fastrl::cuda {
-
-#ifdef FASTRL_CUDA_ON_HOST
-
-struct alignas(16) SixteenBytes {
-  uint32_t words[4];
-};
-
-inline void begin_copy(void* shared, const void* global) {
-  *static_cast<SixteenBytes*>(shared) = {~0u, ~0u, ~0u, ~0u};  // NaN until it is waited for
-  host_cuda::begin_copy(shared, global);
-}
-
-inline void wait_for_copies() {
-  void* shared;
-  const void* global;
-  while (host_cuda::next_copy(shared, global)) {
-    *static_cast<SixteenBytes*>(shared) = *static_cast<const SixteenBytes*>(global);
-  }
-}
-
-#else
 
 // Sixteen bytes, between 16-byte boundaries.
 __device__ inline void begin_copy(void* shared, const void* global) {
@@ -37,7 +16,5 @@ __device__ inline void begin_copy(void* shared, const void* global) {
 
 // For the calling thread's own copies. It sees them then; others do after a barrier.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-#endif
 
 }  // namespace fastrl::cuda

@@ -2,24 +2,11 @@
 // devices without clusters (before sm_90) takes a block for a cluster of its own.
 #pragma once
 
-#include "launch.h"
+#include <cuda_runtime.h>
 
 namespace fastrl::cuda {
 
-#ifdef FASTRL_CUDA_ON_HOST
-
-inline unsigned cluster_rank() { return host_cuda::cluster_rank(); }
-inline unsigned cluster_size() { return host_cuda::cluster_size(); }
-inline void cluster_arrive() { host_cuda::cluster_arrive(); }
-inline void cluster_wait() { host_cuda::cluster_wait(); }
-inline void cluster_sync() { host_cuda::cluster_barrier(); }
-
-template <typename T>
-T* map_shared(T* p, unsigned rank) {
-  return static_cast<T*>(host_cuda::map_shared(p, rank));
-}
-
-#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 __device__ inline unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 __device__ inline unsigned cluster_size() { return __clusterSizeInBlocks(); }

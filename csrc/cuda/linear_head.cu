@@ -1,7 +1,5 @@
 // Row kernels of linear_logprobs and linear_cross_entropy, on chunks of float32 logits between the
 // library's multiplications.
-#include "async_copy.cuh"
-#include "cluster.cuh"
 #include "ops.h"
 #include "softmax_gradient.cuh"
 

@@ -2,7 +2,8 @@
 // the tensor cores take, sums over the warps of a block and over the parts of a gradient.
 #pragma once
 
-#include "mma.cuh"
+#include "reduce.cuh"
+#include "types.cuh"
 
 namespace fastrl::cuda {
 

@@ -6,37 +6,11 @@
 //   c: columns 2t, 2t + 1 of row g, then of row g + 8, in fp32
 #pragma once
 
-#include <type_traits>
+#include <cuda_runtime.h>
 
-#include "reduce.cuh"
-#include "types.cuh"
+#include "../dtypes.h"
 
 namespace fastrl::cuda {
-
-#ifdef FASTRL_CUDA_ON_HOST
-
-template <typename T>
-inline float half_of(uint32_t word, int half) {
-  return to_float(T{static_cast<uint16_t>(half == 0 ? word : word >> 16)});
-}
-
-// Every operand is fetched from the lane that holds it.
-template <typename T>
-inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto lefts = host_cuda::gather(std::array<uint32_t, 4>{a[0], a[1], a[2], a[3]});
-  const auto rights = host_cuda::gather(std::array<uint32_t, 2>{b[0], b[1]});
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 16; ++k) {  // column of a, row of b
-      const int holder = k % 8 / 2, high = k / 8;
-      const uint32_t left = lefts[4 * g + holder][2 * high + i / 2];
-      const uint32_t right = rights[4 * (2 * t + i % 2) + holder][high];
-      c[i] += half_of<T>(left, k % 2) * half_of<T>(right, k % 2);
-    }
-  }
-}
-
-#else
 
 // c += a b
 template <typename T>
@@ -53,7 +27,5 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
-
-#endif
 
 }  // namespace fastrl::cuda

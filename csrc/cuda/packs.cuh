@@ -42,22 +42,14 @@ struct alignas(16) Words {
 template <typename T>
 __device__ inline Words<T> max_of(const Words<T>& a, const Words<T>& b) {
   Words<T> out;
-#ifdef FASTRL_CUDA_ON_HOST
-  for (int j = 0; j < Pack<T>::kSize; ++j) {
-    out.set(j, from_float<T>(std::fmax(a.get(j), b.get(j))));
-  }
-#else
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, bf16>) {
-      asm("max.bf16x2 %0, %1, %2;" : "=r"(out.w[i]) : "r"(a.w[i]), "r"(b.w[i]));
-    } else if constexpr (std::is_same_v<T, fp16>) {
-      asm("max.f16x2 %0, %1, %2;" : "=r"(out.w[i]) : "r"(a.w[i]), "r"(b.w[i]));
+    if constexpr (sizeof(T) == 2) {
+      out.w[i] = max_of_pairs<T>(a.w[i], b.w[i]);
     } else {
       out.set(i, fmaxf(a.get(i), b.get(i)));
     }
   }
-#endif
   return out;
 }
 

@@ -48,17 +48,6 @@ __device__ inline T* row_pointer(const Rows& rows, int64_t index) {
          index % rows.inner * rows.inner_stride;
 }
 
-// 2^x with a relative error of 2^-22.5; 0 where the result would be denormal.
-__device__ inline float exp2_approx(float x) {
-#ifdef FASTRL_CUDA_ON_HOST
-  return std::exp2(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
 // x = softcap * tanh(logit / softcap) if softcap > 0, else the logit; -inf stays -inf either way,
 // so that banned tokens stay banned.
 struct LogitMap {

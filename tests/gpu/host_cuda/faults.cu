@@ -1,6 +1,4 @@
 // Kernels with one fault each, which the checks must report, and the same without it.
-#include "cuda/async_copy.cuh"
-#include "cuda/cluster.cuh"
 #include "cuda/launch.h"
 #include "faults.h"
 

@@ -57,13 +57,6 @@ HOST_CUDA_INLINE std::array<T, kWarpSize> gather(const T& value) {
 
 }  // namespace host_cuda
 
-#define FASTRL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), host_cuda::launch([=] { (kernel)(__VA_ARGS__); }, grid, 1, block, shared_bytes))
-#define FASTRL_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream),                                                                     \
-   host_cuda::launch([=] { (kernel)(__VA_ARGS__); }, grid, cluster, block, shared_bytes))
-#define FASTRL_DYNAMIC_SHARED(name) unsigned char* name = host_cuda::dynamic_shared()
-
 HOST_CUDA_INLINE void __syncthreads() { host_cuda::block_barrier(); }
 HOST_CUDA_INLINE void __syncwarp(unsigned = 0xffffffffu) { host_cuda::warp_barrier(); }
 
