@@ -26,7 +26,7 @@ from fastrl.models.loading import (
     start_scalar_model,
     usable_device,
 )
-from fastrl.models.tuners import TUNERS, LoRASettings, Tuner, add_lora, check_lora, check_tuner, saves_adapter, tune
+from fastrl.models.tuners import TUNERS, LoRASettings, Tuner, add_lora, check_tuner, saves_adapter, tune
 
 __all__ = [
     "TUNERS",
@@ -41,7 +41,6 @@ __all__ = [
     "as_scorer",
     "base_model",
     "check_context",
-    "check_lora",
     "check_tuner",
     "context_length",
     "default_device",

@@ -15,9 +15,8 @@ from torch.nn.functional import logsigmoid
 import fastrl.train.reward as reward
 from fastrl.checks import NonFiniteError
 from fastrl.commands.export import export
-from fastrl.data import load_preferences, shuffled_batches
+from fastrl.data import load_preferences, split_holdout
 from fastrl.data.batches import ranking_batch
-from fastrl.data.split import split_holdout
 from fastrl.models import last_token_scores, load_scalar_model, load_tokenizer
 from fastrl.train.losses import reward_loss
 
@@ -149,7 +148,7 @@ def test_three_steps_equal_a_plain_loop(config, tiny_scalar):
     data, _ = load_preferences(cfg.data, load_tokenizer(cfg.model), max_length=cfg.max_length)
     train, _ = split_holdout(data, cfg.holdout, cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
-    batches = shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=0)
+    batches = reward.shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=0)
     for indices, record in zip(batches, records(cfg.output), strict=True):
         loss = plain_loss(model, [train[i] for i in indices])
         assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
