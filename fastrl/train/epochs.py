@@ -44,6 +44,14 @@ def begin_epochs(
     return module, learner, ([train[i] for i in indices] for indices in islice(order, run.done, None))
 
 
+def learn(run: Run, learner: Learner, loss: Tensor) -> dict[str, float]:
+    """One step on the gradients, and of the schedule; what every loop reports of it."""
+    lr = learner.learning_rate
+    total, (grad_norm,) = run.update(loss, learner)
+    learner.schedule.step()
+    return {"loss": total, "lr": lr, "grad_norm": grad_norm}
+
+
 def accumulate(items: Any, size: int, loss_of: Callable[[Any], Tensor]) -> Tensor:
     """Add the gradients of `loss_of` over micro-batches of `size` items (or rows of a tensor); the losses' sum."""
     losses = []

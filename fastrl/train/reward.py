@@ -40,7 +40,7 @@ from fastrl.run.config import checked, option
 from fastrl.run.distributed import share, unshare
 from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
-from fastrl.train.epochs import accumulate, begin_epochs
+from fastrl.train.epochs import accumulate, begin_epochs, learn
 from fastrl.train.losses import reward_loss
 
 
@@ -66,7 +66,12 @@ def score_preferences(model: Any, preferences: Sequence[Preference], pad_id: int
     for micro in chunks(share(preferences), micro_batch_size):
         batch = ranking_batch(micro, pad_id, model.device)
         scores += by_prompt(last_token_scores(model, batch.input_ids, batch.attention_mask), micro)
-    return torch.tensor(list(chain.from_iterable(unshare(scores))), device=model.device)
+    return all_scores(scores).to(model.device)
+
+
+def all_scores(part: Sequence[Sequence[float]]) -> Tensor:
+    """(N,) scores of all prompts, of which every rank has those of its share."""
+    return torch.tensor(list(chain.from_iterable(unshare(part))))
 
 
 def by_prompt(scores: Tensor, preferences: Sequence[Preference]) -> list[list[float]]:
@@ -171,20 +176,14 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
         scores: list[list[float]] = []
         loss = accumulate(share(prompts), cfg.micro_batch_size, partial(loss_of, count=len(prompts), scores=scores))
 
-        # 5 update
-        lr = learner.learning_rate
-        total, (grad_norm,) = run.update(loss, learner)
-        learner.schedule.step()
-
-        # 6 report, with the accuracy on the batch that was learnt from
-        all_scores = torch.tensor(list(chain.from_iterable(unshare(scores))))
-        accuracy = ranking_metrics(all_scores, prompts)["eval_accuracy"]
-        metrics = {"loss": total, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
+        # 5 update, and report with the accuracy before it
+        metrics = learn(run, learner, loss)
+        metrics |= {"accuracy": ranking_metrics(all_scores(scores), prompts)["eval_accuracy"]}
         run.report(metrics, tokens=sum(map(_tokens, prompts)))
         if run.due(cfg.eval_every) and step < run.total:
             report_held_out(run, scorer, tokenizer, held_out, cfg)
 
-    # 7 evaluate, normalise and save
+    # 6 evaluate, normalise and save
     metrics |= report_held_out(run, scorer, tokenizer, held_out, cfg)
     seen = next(shuffled_batches(len(items), cfg.normalize_prompts or len(items), seed=cfg.seed, epoch=0))
     raw = score_preferences(scorer, [items[i] for i in seen], tokenizer.pad_token_id, cfg.micro_batch_size)

@@ -30,7 +30,7 @@ from fastrl.run.config import checked, option
 from fastrl.run.distributed import is_main, share, sum_over_ranks
 from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
-from fastrl.train.epochs import accumulate, begin_epochs
+from fastrl.train.epochs import accumulate, begin_epochs, learn
 from fastrl.train.losses import sft_logprobs, sft_loss
 
 
@@ -129,18 +129,13 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
         targets = supervised_tokens(examples)
         loss = accumulate(share(examples), cfg.micro_batch_size, partial(loss_of, targets=targets))
 
-        # 5 update
-        lr = learner.learning_rate
-        total, (grad_norm,) = run.update(loss, learner)
-        learner.schedule.step()
-
-        # 6 report
-        metrics = {"loss": total, "lr": lr, "grad_norm": grad_norm, "supervised_tokens": targets}
+        # 5 update and report
+        metrics = learn(run, learner, loss) | {"supervised_tokens": targets}
         run.report(metrics, tokens=sum(len(e.input_ids) for e in examples))
         if run.due(cfg.eval_every) and step < run.total:
             report_held_out(run, policy, tokenizer, held_out, cfg)
 
-    # 7 evaluate and save
+    # 6 evaluate and save
     metrics |= report_held_out(run, policy, tokenizer, held_out, cfg)
     run.write(lambda: save_model(policy.model, tokenizer, cfg.output))
     return {"steps": run.total, "output": cfg.output, **metrics}

@@ -8,6 +8,7 @@ rate (1e-3 here): weights agree to 5e-5 after four steps, losses to 1e-5 in rela
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -81,6 +82,7 @@ def both(configs, tmp_path_factory):
             jobs[f"{name} {part}"] = ranks.job(name, cfg, stop=stop)
     seen = ranks.launch(jobs, two)
 
+    @functools.cache
     def look(name: str):
         todo = json.loads(json.dumps(jobs[name]))
         todo["settings"]["output"] = str(one / name)
