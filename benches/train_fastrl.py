@@ -19,9 +19,11 @@ from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.models import Policy, load_policy, load_tokenizer, tune
 from fastrl.rollout import Trajectory
 from fastrl.run.optim import make_optimizer, optimizer_step
+from fastrl.run.run import Run
 from fastrl.train import ppo, sft
 from fastrl.train.experience import make_experience
 from fastrl.train.losses import sft_loss
+from fastrl.train.ppo_update import update
 from fastrl.train.roles import load_roles, tune_roles
 
 
@@ -45,15 +47,16 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
     )
     tokenizer = load_tokenizer(cfg.model)
     roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=cfg.device)
-    roles = tune_roles(roles, cfg, tokenizer, output)
-    optimizers = [make_optimizer(model, learning_rate=settings.learning_rate) for model in (roles.policy, roles.critic)]
+    roles = tune_roles(roles, cfg)
+    run, learners = Run(cfg, "ppo"), ppo.make_learners(roles, cfg)
     trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
     seconds, check = [], {}
     for iteration in range(settings.iterations + 1):
         start = clock(settings.device)
         scored = ppo.score_samples(roles, trajectory, cfg)
         shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg)
-        ppo.update(roles, optimizers, make_experience(trajectory, scored, shaped), cfg, iteration)
+        run.step = iteration
+        update(run, roles, learners, make_experience(trajectory, scored, shaped), cfg, temperature=cfg.temperature)
         seconds.append(clock(settings.device) - start)
         if iteration == 0:
             check = {"surprisal": float(-scored.logprobs.sum(1).mean()), "score": float(scored.scores.mean())}

@@ -23,7 +23,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 1 after any other,
-    130 after Ctrl-C.
+    130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
@@ -37,13 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         run(command, arguments[1:])
-    except KeyboardInterrupt:
-        print("fastrl: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if not _is_told(stop):
+            print(f"fastrl: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "status", 130)
     except Exception as error:
         if os.environ.get("FASTRL_DEBUG"):
             raise
-        print(f"fastrl: error: {_message(command, error)}", file=sys.stderr)
+        if not _is_told(error):
+            print(f"fastrl: error: {_message(command, error)}", file=sys.stderr)
         return 2 if _is_users(error) else 1
     return 0
 
@@ -83,6 +85,15 @@ def usage() -> str:
             "FASTRL_DEBUG=1 shows where in the code an error came from.",
         ]
     )
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether another of several processes says it already."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    from fastrl.run.distributed import is_told
+
+    return is_told(error)
 
 
 def _is_users(error: Exception) -> bool:

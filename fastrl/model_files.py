@@ -50,7 +50,11 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     staging = place.parent / f".{place.name}.partial" if is_new else place / ".partial"  # on the same file system
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
+    try:
+        yield staging
+    except Exception:  # a full disk gets its space back
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     for written in (*staging.rglob("*"), staging):
         _sync(written)
     if is_new:

@@ -11,8 +11,8 @@ import fastrl
 ROOT = Path(fastrl.__file__).parent
 
 
-def imports() -> Iterator[tuple[str, str]]:
-    """(module, module of the package that it imports anywhere in its text), both without the leading `fastrl.`."""
+def all_imports() -> Iterator[tuple[str, str]]:
+    """(module of the package without the leading `fastrl.`, what it imports anywhere in its text)."""
     for file in sorted(ROOT.rglob("*.py")):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -22,7 +22,12 @@ def imports() -> Iterator[tuple[str, str]]:
                 found = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
             else:
                 continue
-            yield from ((name, module.removeprefix("fastrl.")) for module in found if module.startswith("fastrl."))
+            yield from ((name, module) for module in found)
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """(module, module of the package that it imports), both without the leading `fastrl.`."""
+    return ((name, m.removeprefix("fastrl.")) for name, m in all_imports() if m.startswith("fastrl."))
 
 
 def importers(package: str) -> set[str]:
@@ -55,3 +60,17 @@ def test_models_know_nothing_of_runs_loops_or_commands():
     above = {"integrations", "run", "train", "commands", "rollout", "cli", "demo"}
     found = {(name, module) for name, module in imports() if name.startswith("models.")}
     assert not {(name, module) for name, module in found if module.split(".")[0] in above}
+
+
+def test_runs_know_nothing_of_models_ops_or_loops():
+    above = {"models", "ops", "kernels", "reference", "integrations", "data", "train", "commands", "rollout", "demo"}
+    found = {(name, module) for name, module in imports() if name.startswith("run.")}
+    assert not {(name, module) for name, module in found if module.split(".")[0] in above}
+
+
+def test_accelerate_is_known_to_one_module():
+    assert {name for name, module in all_imports() if module.split(".")[0] == "accelerate"} == {"run.distributed"}
+
+
+def test_loops_are_run_by_the_demo_and_benches_alone():
+    assert {name.split(".")[0] for name in importers("train")} <= {"demo", "benches"}

@@ -8,16 +8,14 @@ reward model; the world's checker comes back at the end, to judge both policies 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fastrl.demo.answers import CRITERIA
 from fastrl.demo.stages import (
@@ -33,6 +31,11 @@ from fastrl.demo.stages import (
     write_world,
 )
 from fastrl.demo.world import tasks
+
+if TYPE_CHECKING:
+    from fastrl.run.run import Record, Sink
+
+SHOWN = ("loss", "accuracy", "score", "kl_k1", "stopped")  # of a training record's metrics
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -67,16 +70,16 @@ def run(output: Path, seed: int, budget: Budget, device: str) -> dict[str, Any]:
 
     with _stage("World, tokenizer and untrained model", seconds, log):
         write_world(output, seed, budget)
-    with _stage("Pre-training on reading lessons", seconds, log):
-        train_sft(output, "untrained", "lessons", "pretrained", budget.pretrain_steps, 2e-3, seed, device)
-    with _stage("SFT on instructions of mixed quality", seconds, log):
-        train_sft(output, "pretrained", "instructions", "sft", budget.sft_steps, 1e-3, seed, device)
+    with _stage("Pre-training on reading lessons", seconds, log) as show:
+        train_sft(output, "untrained", "lessons", "pretrained", budget.pretrain_steps, 2e-3, seed, device, show)
+    with _stage("SFT on instructions of mixed quality", seconds, log) as show:
+        train_sft(output, "pretrained", "instructions", "sft", budget.sft_steps, 1e-3, seed, device, show)
     with _stage(f"{RANKED} answers to each prompt, ranked by a simulated labeller", seconds, log):
         write_rankings(output, seed, budget, device)
-    with _stage("Reward model on the rankings", seconds, log):
-        ranked = train_reward(output, budget.reward_steps, seed, device)
-    with _stage("PPO on the reward model", seconds, log):
-        tuned = train_ppo(output, budget.ppo_iterations, seed, device)
+    with _stage("Reward model on the rankings", seconds, log) as show:
+        ranked = train_reward(output, budget.reward_steps, seed, device, show)
+    with _stage("PPO on the reward model", seconds, log) as show:
+        tuned = train_ppo(output, budget.ppo_iterations, seed, device, show)
     with _stage("Judgement on held-out prompts", seconds, log):
         held_out = list(islice(tasks(seed, held_out=True), budget.judged))
         judged = {
@@ -99,36 +102,32 @@ def run(output: Path, seed: int, budget: Budget, device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _stage(title: str, seconds: dict[str, float], log: Path) -> Iterator[None]:
-    """Print a heading, shorten what is printed inside, and record the time under the title."""
+def _stage(title: str, seconds: dict[str, float], log: Path) -> Iterator[Sink]:
+    """Print a heading, put what is printed inside into the log, and record the time under the title; yields what shows
+    a loop's progress.
+    """
     from fastrl.models import quiet_transformers
 
     print(f"\n== {len(seconds) + 1}  {title}", flush=True)
     start = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(_Digest(file, sys.stdout)), quiet_transformers():
-        yield
+    show = _progress(sys.stdout)
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), quiet_transformers():
+        yield show
     seconds[title] = time.perf_counter() - start
     print(f"   {seconds[title]:.1f} s", flush=True)
 
 
-class _Digest(io.TextIOBase):
-    """Writes all lines to a log, and a loop's training lines to the terminal, shortened and about ten of them."""
+def _progress(terminal: TextIO) -> Sink:
+    """Shows about ten training records of a loop, shortened."""
+    tenths: set[int] = set()
 
-    LINE = re.compile(r"(\w+) (\d+)/(\d+) train: (.*)")
-    SHOWN = ("loss", "accuracy", "score", "kl_k1", "stopped")
+    def show(record: Record) -> None:
+        tenth = 10 * record.step // record.total
+        if record.kind == "train" and (record.step == 1 or tenth not in tenths):
+            tenths.update((0, tenth))
+            parts = [f"{name} {record.metrics[name]:.4g}" for name in SHOWN if name in record.metrics]
+            line = f"   {record.title} {record.step:>4}/{record.total}  {'  '.join(parts)}"
+            print(line, file=terminal, flush=True)
 
-    def __init__(self, log: IO[str], terminal: IO[str]) -> None:
-        self.log, self.terminal, self.shown = log, terminal, 0
-
-    def write(self, text: str) -> int:
-        self.log.write(text)
-        if match := self.LINE.match(text):
-            title, step, total, metrics = match[1], int(match[2]), int(match[3]), match[4]
-            tenth = 10 * step // total
-            if step == 1 or tenth > self.shown:
-                self.shown = tenth
-                pairs = (pair.split("=") for pair in metrics.split())
-                parts = [f"{name} {value}" for name, value in pairs if name in self.SHOWN]
-                print(f"   {title} {step:>4}/{total}  {'  '.join(parts)}", file=self.terminal, flush=True)
-        return len(text)
+    return show

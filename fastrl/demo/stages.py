@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrl.demo.answers import Verdict, judge, rank, written_answer
 from fastrl.demo.model import MAX_LENGTH, build_model, build_tokenizer
 from fastrl.demo.world import Task, lessons, tasks
+
+if TYPE_CHECKING:
+    from fastrl.run.run import Sink
 
 GOOD_SHARE = 0.45  # of the answers in the SFT data
 SLIP_SHARE = 0.02  # of the answers that the labeller misjudges
@@ -62,7 +65,7 @@ def write_world(output: Path, seed: int, budget: Budget) -> None:
 
 
 def train_sft(
-    output: Path, model: str, data: str, name: str, steps: int, learning_rate: float, seed: int, device: str
+    output: Path, model: str, data: str, name: str, steps: int, learning_rate: float, seed: int, device: str, show: Sink
 ) -> None:
     """Full fine-tuning of one of the output's models on one of its data files; the result is saved under ``name``."""
     from fastrl.train import sft
@@ -84,11 +87,12 @@ def train_sft(
             seed=seed,
             eval_every=0,
             save_every=0,
-        )
+        ),
+        show,
     )
 
 
-def train_reward(output: Path, steps: int, seed: int, device: str) -> dict[str, Any]:
+def train_reward(output: Path, steps: int, seed: int, device: str, show: Sink) -> dict[str, Any]:
     """The reward model, from the SFT model and the rankings; returns its final metrics."""
     from fastrl.train import reward
 
@@ -110,11 +114,12 @@ def train_reward(output: Path, steps: int, seed: int, device: str) -> dict[str, 
             seed=seed,
             eval_every=0,
             save_every=0,
-        )
+        ),
+        show,
     )
 
 
-def train_ppo(output: Path, iterations: int, seed: int, device: str) -> dict[str, Any]:
+def train_ppo(output: Path, iterations: int, seed: int, device: str, show: Sink) -> dict[str, Any]:
     """PPO from the SFT model on the reward model; returns its final metrics on held-out prompts."""
     from fastrl.train import ppo
 
@@ -139,7 +144,8 @@ def train_ppo(output: Path, iterations: int, seed: int, device: str) -> dict[str
             device=device,
             seed=seed,
             eval_every=0,
-        )
+        ),
+        show,
     )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import peft
-import transformers
-
-from fastrl.models.saving import save_model
+from fastrl.model_files import replacing
 
 
 def checkpoints(output: str | Path) -> list[Path]:
@@ -16,22 +14,15 @@ def checkpoints(output: str | Path) -> list[Path]:
     return sorted((Path(output) / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(
-    model: transformers.PreTrainedModel | peft.PeftModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    output: str | Path,
-    step: int,
-    *,
-    keep: int = 2,
-) -> Path:
-    """Write `output/checkpoints/step-NNNNNN` (weights after `step` updates) and drop all but
-    the newest `keep`.
-
-    Call it once a finite loss of these weights is known, so that the newest checkpoint is always a
-    good one.
+def save_checkpoint(write: Callable[[Path], object], output: str | Path, step: int, *, keep: int = 2) -> Path:
+    """`output/checkpoints/step-NNNNNN` with what `write` writes into a folder: whole or not at all. Then all but the
+    newest `keep` are dropped.
     """
     folder = Path(output) / "checkpoints" / f"step-{step:06d}"
-    save_model(model, tokenizer, folder)
+    if folder.exists():  # one that was not whole
+        shutil.rmtree(folder)
+    with replacing(folder) as staging:
+        write(staging)
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
     return folder

@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,6 +61,19 @@ def lines_until(path: Path, step: int) -> list[str]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leave the records of the steps up to that one in a JSONL file; what they are."""
+    kept = lines_until(path, step)
+    path.write_text("".join(kept), encoding="utf-8")
+    return [json.loads(line) for line in kept]
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add records to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 class PhaseTimer:

@@ -6,19 +6,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastrl.folders import ADAPTER_CONFIG, read_json
+from fastrl.checks import NonFiniteError
+from fastrl.folders import ADAPTER_CONFIG, adapter_base, is_adapter, read_json
 from fastrl.model_files import is_model_file
-from fastrl.models import adapter_base, is_adapter
 from fastrl.run.checkpoint import checkpoints
+from fastrl.run.lock import move_lock
 from fastrl.run.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
 SAMPLES = "samples.jsonl"
 PARTS = ("checkpoints", "base", "critic")  # folders that runs write into their output
 MARK = ".put_aside"
+DISK_ERRORS = ("(os error ", "inline_container", "PytorchStreamWriter")  # of Rust's libraries, and of torch.save
 
 
 def check_output(settings: Any) -> None:
@@ -74,6 +77,24 @@ def claim_output(settings: Any) -> None:
     (output / LOG).touch()
 
 
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    """What a full or read-only disk makes Python, safetensors and torch raise, as an OSError of one line."""
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, OSError) and not any(mark in text for mark in DISK_ERRORS):
+            raise
+        newest = newest_state(Path(output))
+        raise OSError(
+            f"output: {output}: cannot be written: {text} ({shutil.disk_usage(_existing(output)).free >> 20} MiB free);"
+            + (f" the last checkpoint, {newest.parent}, is whole: go on with --resume true" if newest else "")
+        ) from error
+
+
 def _is_put_aside(output: Path, resume: bool) -> bool:
     """Whether a run that begins in this folder finds something there that is worth keeping."""
     if resume and newest_state(output):
@@ -100,11 +121,16 @@ def _put_aside(output: Path) -> None:
         output.rename(aside)
     except OSError as error:
         raise ValueError(f"output: {output}: the earlier run in it cannot be moved to {aside}: {error}") from error
-    output.mkdir()
+    output.mkdir(exist_ok=True)
+    move_lock(aside, output)
     for entry in aside.iterdir():  # data, notes, the log of a shell
         if not (is_model_file(entry.name) or entry.name in (LOG, SAMPLES, MARK, *PARTS)):
             entry.rename(output / entry.name)
     print(f"the earlier run in {output} is now in {aside}")
+
+
+def _existing(path: str | Path) -> Path:
+    return next(place for place in (Path(path).resolve(), *Path(path).resolve().parents) if place.exists())
 
 
 def _aside(output: Path) -> Path:

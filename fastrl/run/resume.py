@@ -4,74 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from fastrl.run.checkpoint import checkpoints
 from fastrl.run.masters import round_masters, trained
+from fastrl.run.optim import Learner
 
 STATE_FILE = "training_state.pt"
 FREE = ("resume", "output", "device")  # settings that may differ
 
 
-def step_seed(seed: int, step: int) -> int:
-    """What the random numbers of a step are drawn from: they depend on no earlier step."""
-    return seed * 1_000_003 + step
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """What the random numbers of a step are drawn from: they depend on no earlier step, and differ between ranks."""
+    return seed * 1_000_003 + step + rank * 2_654_435_761  # torch's generator on CPU sees the last 32 bits
 
 
-class Run(NamedTuple):
-    """A run at some step. All that its later steps do follows from this, its seed and their numbers."""
+def save_state(folder: Path, step: int, settings: Any, learners: Sequence[Learner]) -> None:
+    """Write what later steps depend on, beside the folder's model, after `step` steps."""
+    state = {
+        "step": step,
+        "settings": _fixed(settings),
+        "models": [{name: tensor.detach() for name, tensor in trained(x.model)} for x in learners],
+        "optimizers": [x.optimizer.state_dict() for x in learners],
+        "schedules": [x.schedule.state_dict() for x in learners],
+    }
+    torch.save(state, folder / STATE_FILE)
 
-    settings: Any  # the loop's configuration, with `resume` and `output`
-    models: Sequence[nn.Module]
-    optimizers: Sequence[torch.optim.Optimizer]
-    schedules: Sequence[LRScheduler]
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write the state after `step` steps into the folder of a checkpoint, at once or not at all."""
-        state = {
-            "step": step,
-            "settings": _fixed(self.settings),
-            "models": [{name: tensor.detach() for name, tensor in trained(model)} for model in self.models],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedules": [schedule.state_dict() for schedule in self.schedules],
-        }
-        torch.save(state, folder / f"{STATE_FILE}.partial")
-        os.replace(folder / f"{STATE_FILE}.partial", folder / STATE_FILE)
+def load_state(state_file: Path, settings: Any, learners: Sequence[Learner]) -> int:
+    """Bring the learners to the state of a checkpoint; the steps that were made.
 
-    def start(self) -> int:
-        """The steps that were made already: with `resume` those of the newest whole checkpoint, which is restored; else
-        0.
-
-        Raises:
-            ValueError: the checkpoint is of a run with other settings.
-        """
-        output = Path(self.settings.output)
-        if not self.settings.resume:
-            return 0
-        newest = newest_state(output)
-        if newest is None:
-            print(f"resume: no checkpoint under {output / 'checkpoints'} yet: starting from the beginning")
-            return 0
-        check_settings(self.settings, newest)
-        state = torch.load(newest, map_location="cpu", weights_only=True)
-        for model, values in zip(self.models, state["models"], strict=True):
-            with torch.no_grad():
-                for name, tensor in trained(model):
-                    tensor.copy_(values[name])
-                round_masters(model)
-        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        for schedule, values in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(values)
-        print(f"resume: going on after step {state['step']} from {newest.parent}")
-        return state["step"]
+    Raises:
+        ValueError: the checkpoint is of a run with other settings.
+    """
+    check_settings(settings, state_file)
+    state = torch.load(state_file, map_location="cpu", weights_only=True)
+    parts = zip(learners, state["models"], state["optimizers"], state["schedules"], strict=True)
+    for learner, weights, optimizer, schedule in parts:
+        with torch.no_grad():
+            for name, tensor in trained(learner.model):
+                tensor.copy_(weights[name])
+        round_masters(learner.model)
+        learner.optimizer.load_state_dict(optimizer)
+        learner.schedule.load_state_dict(schedule)
+    return state["step"]
 
 
 def newest_state(output: Path) -> Path | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastrl.data import shuffled_batches
+from fastrl.data import pad, shuffled_batches
 from fastrl.models import last_token_scores, response_logprobs, token_scores
 from fastrl.ops import Advantages, AdvantageStats, PPOStats
 from fastrl.rollout import Trajectory
+from fastrl.run.distributed import gather, share, sum_over_ranks, unshare, world_size
 
 
 class ScoredTrajectory(NamedTuple):
@@ -35,6 +36,30 @@ class Experience(NamedTuple):
     old_values: Tensor  # (B, R)
     advantages: Tensor  # (B, R)
     returns: Tensor  # (B, R)
+
+
+def gather_rows(part: Trajectory, pad_id: int) -> Trajectory:
+    """The whole trajectory of whose rows every rank has its share."""
+    if world_size() == 1:
+        return part
+    prompts = part.attention_mask[:, : -part.responses.shape[1] or None]
+    rows = [
+        (ids[: len(kept)][kept].tolist(), response[mask].tolist(), bool(stopped))
+        for ids, kept, response, mask, stopped in zip(
+            part.input_ids, prompts, part.responses, part.response_mask, part.stopped, strict=True
+        )
+    ]
+    prompt, response, ended = zip(*unshare(rows), strict=True)
+    device = part.input_ids.device
+    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompt, pad_id, side="left"))
+    responses, response_mask = (x.to(device) for x in pad(response, pad_id, side="right"))
+    return Trajectory(
+        input_ids=torch.cat([prompt_ids, responses], dim=1),
+        attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
+        responses=responses,
+        response_mask=response_mask,
+        stopped=torch.tensor(ended, device=device),
+    )
 
 
 def make_experience(trajectory: Trajectory, scored: ScoredTrajectory, shaped: Advantages) -> Experience:
@@ -65,25 +90,31 @@ def select_rows(batch: Rows, rows: Tensor) -> Rows:
     return type(batch)(*(x[rows] if x.dim() == 1 else x[rows, columns[x.shape[1]]] for x in batch))
 
 
-def by_length(batch: Trajectory | Experience, rows: Tensor, size: int) -> Iterator[Tensor]:
-    """`rows` in chunks of `size`, longest sequences together, so that `select_rows` drops most of the padding."""
+def by_length(batch: Trajectory | Experience, rows: Tensor) -> Tensor:
+    """`rows`, longest sequences first: `select_rows` drops most of the padding of neighbours, and ranks that share
+    them have about the same to do.
+    """
     rows = rows.to(batch.attention_mask.device)
     lengths = batch.attention_mask[rows].sum(1)
-    yield from rows[lengths.argsort(descending=True, stable=True)].split(size)
+    return rows[lengths.argsort(descending=True, stable=True)]
 
 
 def map_rows(function: Callable[[Trajectory], Sequence[Tensor]], trajectory: Trajectory, size: int) -> list[Tensor]:
-    """`function` on chunks of `size` rows; its outputs (b,) or (b, R') joined in order to (B,) or (B, R)."""
+    """`function` on chunks of `size` rows, of which each rank takes its share; its outputs (b,) or (b, R') joined in
+    order to (B,) or (B, R).
+    """
     batch, length = trajectory.response_mask.shape
-    every_row = torch.arange(batch, device=trajectory.input_ids.device)
+    order = by_length(trajectory, torch.arange(batch))
+    own = share(order)
     outputs: list[Tensor] = []
-    for rows in by_length(trajectory, every_row, size):
+    for rows in (own if len(own) else order[:1]).split(size):
         results = function(select_rows(trajectory, rows))
         if not outputs:
             outputs = [x.new_zeros((batch, length)[: x.dim()]) for x in results]
         for output, result in zip(outputs, results, strict=True):
-            output[(rows, slice(0, result.shape[-1]))[: result.dim()]] = result
-    return outputs
+            if len(own):  # else the row is another rank's
+                output[(rows, slice(0, result.shape[-1]))[: result.dim()]] = result
+    return [sum_over_ranks(output) for output in outputs]
 
 
 def response_scores(scorer: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
@@ -134,6 +165,14 @@ def shuffled_indices(items: int, *, seed: int) -> Iterator[int]:
     for epoch in count():
         for indices in shuffled_batches(items, items, seed=seed, epoch=epoch):
             yield from indices
+
+
+def gather_stats(parts: Sequence[PPOStats]) -> list[PPOStats]:
+    """The statistics of all ranks' micro-batches."""
+    if world_size() == 1:
+        return list(parts)
+    rows = gather([torch.stack(part).tolist() for part in parts])
+    return [PPOStats(*torch.tensor(row)) for row in chain.from_iterable(rows)]
 
 
 def merge_stats(parts: Sequence[PPOStats]) -> PPOStats:

@@ -8,9 +8,7 @@ starts from the reward model, whitened advantages, clipped policy and value loss
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
@@ -19,44 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from fastrl.data import Prompt, load_prompts
 from fastrl.data.split import load_split
 from fastrl.data.templates import check_same_template, record_template
 from fastrl.masked import masked_mean
-from fastrl.models import Policy, check_context, context_length, load_tokenizer, usable_device
+from fastrl.models import Policy, check_context, context_length, load_tokenizer, saves_adapter
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
-from fastrl.ops import Advantages, PPOStats, ppo_advantages, ppo_loss
+from fastrl.ops import Advantages, ppo_advantages
 from fastrl.rollout import Trajectory, decode_responses, rollout
-from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
-from fastrl.run.metrics import MetricsLog, PhaseTimer, lines_until, peak_memory_gib
-from fastrl.run.optim import SCHEDULES, check_finite, make_optimizer, make_schedule, optimizer_step
-from fastrl.run.output import check_output, claim_output
-from fastrl.run.resume import Run, step_seed
+from fastrl.run.distributed import share
+from fastrl.run.metrics import PhaseTimer, append_lines, keep_lines
+from fastrl.run.optim import SCHEDULES, Learner, make_optimizer, make_schedule
+from fastrl.run.output import SAMPLES
+from fastrl.run.resume import step_seed
+from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
-from fastrl.train.experience import (
-    Experience,
-    ScoredTrajectory,
-    batch_values,
-    by_length,
-    make_experience,
-    merge_stats,
-    minibatches,
-    select_rows,
-    shuffled_indices,
-    summarise,
-)
-from fastrl.train.roles import Roles, load_roles, score_trajectory, tune_roles
+from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, shuffled_indices, summarise
+from fastrl.train.ppo_update import UpdateSettings, update
+from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles
 
 PRINTED_SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings):
+class PPOConfig(UpdateSettings, SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings):
     """PPO"""
 
     model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged", path=True)
@@ -74,19 +62,12 @@ class PPOConfig(SamplingSettings, TunerSettings, OptimSettings, DataSettings, Ru
     lora_alpha: int = option(0, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     iterations: int = option(200, "rounds of sampling and updating", at_least=1)
     batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
-    minibatch_size: int = option(32, "responses per optimizer step", at_least=1)
-    micro_batch_size: int = option(8, "responses per forward pass; does not change the result", at_least=1)
-    epochs: int = option(4, "passes over the responses of an iteration", at_least=1)
     kl_coef: float = option(0.05, "weight of the KL penalty in the reward", at_least=0)
     kl_estimator: str = option(
         "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
     )
     score_clip: float | None = option(None, "scores are clipped to +- this", above=0)
     gae_lambda: float = option(0.95, "of generalized advantage estimation", at_least=0, at_most=1)
-    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this", above=0)
-    target_kl: float | None = option(
-        None, "ends the updates of an iteration once approx_kl and the size of ppo_kl are above it", above=0
-    )
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
 
 
@@ -106,9 +87,9 @@ def stop_ids(policy: Policy, tokenizer: Any, cfg: PPOConfig) -> list[int]:
 
 
 def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, iteration: int) -> Trajectory:
-    """Responses that depend on the weights, the seed and the number of the iteration alone."""
+    """Responses that depend on the weights, the seed and the number of the iteration alone, and on no other row."""
     with policy.tuner.merged() if cfg.merge_adapter else nullcontext():
-        return rollout(
+        part = rollout(
             policy.model,
             tokenizer,
             [prompt.input_ids for prompt in prompts],
@@ -116,7 +97,9 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOCo
             temperature=cfg.temperature,
             stop_token_ids=stop_ids(policy, tokenizer, cfg),
             generator=torch.Generator(policy.device).manual_seed(step_seed(cfg.seed, iteration)),
+            rows=share(range(len(prompts))),
         )
+    return gather_rows(part, tokenizer.pad_token_id)
 
 
 def score_samples(
@@ -148,185 +131,116 @@ def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: PPOConfig) -
     )
 
 
-def update(
-    roles: Roles,
-    optimizers: Sequence[torch.optim.Optimizer],
-    experience: Experience,
-    cfg: PPOConfig,
-    iteration: int,
-) -> dict[str, float]:
-    """Minibatch epochs of PPO on policy and critic; statistics over all of them, weighted by tokens."""
-    history: list[PPOStats] = []
-    norms: list[tuple[float, float]] = []
-    for rows in minibatches(
-        len(experience.returns), cfg.minibatch_size, epochs=cfg.epochs, seed=cfg.seed, iteration=iteration
-    ):
-        kept = int(experience.response_mask[rows].sum())
-        losses, parts = [], []
-        for micro in by_length(experience, rows, cfg.micro_batch_size):
-            batch = select_rows(experience, micro)
-            logprobs = roles.policy(
-                batch.input_ids, batch.attention_mask, batch.response_mask, temperature=cfg.temperature
-            )
-            loss, stats = ppo_loss(
-                logprobs,
-                batch_values(roles.critic, batch),
-                batch.old_logprobs,
-                batch.old_values,
-                batch.advantages,
-                batch.returns,
-                batch.response_mask,
-                clip_coef=cfg.clip_coef,
-                denominator=kept,  # of the whole minibatch, so that its micro-batches add up
-            )
-            loss.backward()
-            losses.append(loss.detach())
-            parts.append(stats)
-        check_finite(float(sum(losses)), iteration, last_checkpoint(cfg.output))
-        policy_norm, critic_norm = (
-            optimizer_step(model, optimizer, None, max_grad_norm=cfg.max_grad_norm, step=iteration)
-            for model, optimizer in zip((roles.policy, roles.critic), optimizers, strict=True)
-        )
-        norms.append((policy_norm, critic_norm))
-        history.append(merge_stats(parts))
-        if cfg.target_kl is not None and exceeds(history[-1], cfg.target_kl):
-            break
-    means = {name: float(value) for name, value in merge_stats(history)._asdict().items()}
-    means["ppo_kl"] = means.pop("kl")  # verl's name; kl_k1 and its like are of the reference
-    for unused in ("tokens", "entropy", "explained_variance"):  # of the rollout, reported by the caller
-        del means[unused]
-    return {
-        **means,
-        "first_approx_kl": float(history[0].approx_kl),
-        "grad_norm": sum(norm for norm, _ in norms) / len(norms),
-        "critic_grad_norm": sum(norm for _, norm in norms) / len(norms),
-        "updates": len(history),
-    }
-
-
-def exceeds(stats: PPOStats, target_kl: float) -> bool:
-    """Whether both estimates of the KL are above the target, the k1 estimate in size.
-
-    One token with a ratio of e^20 lifts approx_kl alone; of the k1 estimate, a mean of -log r, it is a small part.
-    """
-    return float(stats.approx_kl) > target_kl and abs(float(stats.kl)) > target_kl
-
-
 def evaluate(
-    roles: Roles,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    cfg: PPOConfig,
-    log: MetricsLog,
-    step: int,
+    run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
     scored = score_samples(roles, trajectory, cfg)
     shaped = compute_advantages(scored, trajectory.response_mask, cfg)
     metrics: dict[str, Any] = summarise(trajectory, shaped.stats, cfg.kl_estimator)
-    log.write(step, "eval", **metrics)
-    texts = decode_responses(tokenizer, trajectory)
-    with (Path(cfg.output) / "samples.jsonl").open("a" if step else "w", encoding="utf-8") as file:
-        for prompt, text, score in zip(prompts, texts, scored.scores.tolist(), strict=True):
-            record = {"step": step, "prompt": prompt.text, "response": text, "score": score}
-            file.write(json.dumps(record) + "\n")
+    run.report(metrics, "eval")
+    texts, scores = decode_responses(tokenizer, trajectory), scored.scores.tolist()
+    samples = [
+        {"step": run.step, "prompt": prompt.text, "response": text, "score": score}
+        for prompt, text, score in zip(prompts, texts, scores, strict=True)
+    ]
+    run.write(lambda: append_lines(Path(cfg.output) / SAMPLES, samples))
     return metrics, texts
 
 
-def keep_samples(output: str, done: int) -> list[str]:
-    """Leaves the samples of the first `done` iterations in samples.jsonl; the responses before training."""
-    path = Path(output) / "samples.jsonl"
-    kept = lines_until(path, done)
-    path.write_text("".join(kept), encoding="utf-8")
-    return [record["response"] for record in map(json.loads, kept) if record["step"] == 0]
+def make_learners(roles: Roles, cfg: PPOConfig) -> list[Learner]:
+    """Optimizer and schedule of policy and critic; a step of a schedule is an iteration."""
+    learners = []
+    for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate)):
+        optimizer = make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
+        schedule = make_schedule(
+            optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations
+        )
+        learners.append(Learner(model, optimizer, schedule))
+    return learners
 
 
-def main(cfg: PPOConfig) -> dict[str, Any]:
-    """Train, evaluate and save; returns the final metrics.
+def main(cfg: PPOConfig, sink: Sink | None = None) -> dict[str, Any]:
+    """Train, evaluate and save; returns the final metrics. A sink gets each record of metrics.
 
     Raises:
         ValueError: a setting, a model, its tokenizer or the data do not fit.
         NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
     """
     cfg = checked(cfg)
-    check_output(cfg)
-    transformers.set_seed(cfg.seed)  # before adapters are drawn
+    with Run(cfg, "ppo", sink) as run:
+        return train(cfg, run)
+
+
+def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
+    """The steps of `main`."""
+    # models, prompts; the folder is this run's once nothing can be refused
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    device = usable_device(cfg.device)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=device)
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=run.device)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
-    claim_output(cfg)
-    roles = tune_roles(roles, cfg, tokenizer, cfg.output)
-    order = shuffled_indices(len(prompts), seed=cfg.seed)
-    optimizers = [
-        make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
-        for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate))
-    ]
-    schedules = [
-        make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations)
-        for optimizer in optimizers
-    ]
-    timer = PhaseTimer(device)
-    run = Run(cfg, [roles.policy.model, roles.critic.model], optimizers, schedules)
-    done = run.start()
-    order = islice(order, done * cfg.batch_size, None)
+    run.claim()
+    if saves_adapter(cfg):
+        run.write(lambda: save_merged_bases(roles, tokenizer, cfg.output))
+    roles = tune_roles(roles, cfg)
+    learners = make_learners(roles, cfg)
 
-    with MetricsLog(cfg.output, total=cfg.iterations, title="ppo", done=done) as log:
-        if done == 0:
-            metrics, before = evaluate(roles, tokenizer, held_out, cfg, log, 0)
-        else:
-            metrics, before = {}, keep_samples(cfg.output, done)
-        for iteration in range(done + 1, cfg.iterations + 1):
-            start = time.perf_counter()
+    def save(folder: Path) -> None:
+        save_model(roles.policy.model, tokenizer, folder)
+        save_model(roles.critic.model, tokenizer, folder / "critic")
 
-            # 1 sample a response to each prompt
-            chosen = [prompts[i] for i in islice(order, cfg.batch_size)]
-            with timer.phase("sample"):
-                trajectory = sample(roles.policy, tokenizer, chosen, cfg, iteration)
-            mask = trajectory.response_mask
+    run.begin(cfg.iterations, learners, save)
+    order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
+    timer = PhaseTimer(run.device)
+    metrics: dict[str, Any] = {}
+    samples = run.write(lambda: keep_lines(Path(cfg.output) / SAMPLES, run.done or -1))
+    before = [sample["response"] for sample in samples if sample["step"] == 0]
+    if run.done == 0:
+        metrics, before = evaluate(run, roles, tokenizer, held_out, cfg)
 
-            # 2 score the responses, 3 log-probs of policy and reference, values of the critic
-            scored = score_samples(roles, trajectory, cfg, timer)
+    for iteration in run.steps():
+        # 1 sample a response to each prompt
+        chosen = [prompts[i] for i in islice(order, cfg.batch_size)]
+        with timer.phase("sample"):
+            trajectory = sample(roles.policy, tokenizer, chosen, cfg, iteration)
+        mask = trajectory.response_mask
 
-            # 4 KL penalty and score into rewards, generalized advantages, whitening
-            with timer.phase("advantages"):
-                shaped = compute_advantages(scored, mask, cfg)
+        # 2 score the responses, 3 log-probs of policy and reference, values of the critic
+        scored = score_samples(roles, trajectory, cfg, timer)
 
-            # 5 minibatch epochs on policy and critic
-            experience = make_experience(trajectory, scored, shaped)
-            learning_rate = schedules[0].get_last_lr()[0]
-            with timer.phase("update"):
-                updated = update(roles, optimizers, experience, cfg, iteration)
-            for schedule in schedules:
-                schedule.step()
+        # 4 KL penalty and score into rewards, generalized advantages, whitening
+        with timer.phase("advantages"):
+            shaped = compute_advantages(scored, mask, cfg)
 
-            # 6 report, over kept tokens only
-            report: dict[str, Any] = {
-                **summarise(trajectory, shaped.stats, cfg.kl_estimator),
-                "entropy": float(masked_mean(scored.entropy, mask)),
-                "value": float(shaped.stats.value_mean),
-                "explained_variance": float(shaped.stats.explained_variance),
-                **updated,
-                "lr": learning_rate,
-                **timer.take(),
-                "tokens_per_s": int(mask.sum()) / (time.perf_counter() - start),
-                "peak_mem_gib": peak_memory_gib(device),
-            }
-            log.write(iteration, **report)
+        # 5 minibatch epochs on policy and critic
+        experience = make_experience(trajectory, scored, shaped)
+        lr = learners[0].learning_rate
+        with timer.phase("update"):
+            updated = update(run, roles, learners, experience, cfg, temperature=cfg.temperature)
+        for learner in learners:
+            learner.schedule.step()
 
-            # 7 evaluate, show samples, keep the weights
-            if iteration == cfg.iterations or (cfg.eval_every and iteration % cfg.eval_every == 0):
-                metrics, texts = evaluate(roles, tokenizer, held_out, cfg, log, iteration)
-                for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
-                    log.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
-                folder = save_checkpoint(roles.policy.model, tokenizer, cfg.output, iteration)
-                save_model(roles.critic.model, tokenizer, folder / "critic")
-                run.save(folder, iteration)
+        # 6 report, over kept tokens only
+        report = {
+            **summarise(trajectory, shaped.stats, cfg.kl_estimator),
+            "entropy": float(masked_mean(scored.entropy, mask)),
+            "value": float(shaped.stats.value_mean),
+            "explained_variance": float(shaped.stats.explained_variance),
+            **updated,
+            "lr": lr,
+            **timer.take(),
+        }
+        run.report(report, tokens=int(mask.sum()))
 
-        # 8 save
-        save_model(roles.policy.model, tokenizer, cfg.output)
-        save_model(roles.critic.model, tokenizer, Path(cfg.output) / "critic")
+        # 7 evaluate, show samples, keep the weights
+        if run.due(cfg.eval_every) or iteration == cfg.iterations:
+            metrics, texts = evaluate(run, roles, tokenizer, held_out, cfg)
+            for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
+                run.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
+            run.save(iteration)
+
+    # 8 save
+    run.write(lambda: save(Path(cfg.output)))
     return {"iterations": cfg.iterations, "output": cfg.output, **metrics}

@@ -10,14 +10,13 @@ the gain goes into the head, the bias into config.json as `fastrl_score_bias`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from itertools import chain, count, islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from fastrl.data import Preference, load_preferences, shuffled_batches
@@ -30,22 +29,18 @@ from fastrl.models import (
     check_tuner,
     last_token_scores,
     load_tokenizer,
-    saves_adapter,
     start_scalar_model,
-    tune,
 )
 from fastrl.models.heads import normalize_head
 from fastrl.models.probe import check_scalar
-from fastrl.models.saving import save_merged_base, save_model
+from fastrl.models.saving import save_model
 from fastrl.models.score_heads import pad_apart, set_pad_token
 from fastrl.ops import ranking_loss
-from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
-from fastrl.run.metrics import MetricsLog, peak_memory_gib
-from fastrl.run.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
-from fastrl.run.output import check_output, claim_output
-from fastrl.run.resume import Run, step_seed
+from fastrl.run.distributed import share, unshare
+from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
+from fastrl.train.epochs import accumulate, begin_epochs, learn
 from fastrl.train.losses import reward_loss
 
 
@@ -67,11 +62,22 @@ class RewardConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings,
 def score_preferences(model: Any, preferences: Sequence[Preference], pad_id: int, micro_batch_size: int) -> Tensor:
     """(N,) scores of all responses of all preferences, in order, without dropout."""
     model.eval()
-    scores = []
-    for micro in chunks(preferences, micro_batch_size):
+    scores: list[list[float]] = []
+    for micro in chunks(share(preferences), micro_batch_size):
         batch = ranking_batch(micro, pad_id, model.device)
-        scores.append(last_token_scores(model, batch.input_ids, batch.attention_mask))
-    return torch.cat(scores)
+        scores += by_prompt(last_token_scores(model, batch.input_ids, batch.attention_mask), micro)
+    return all_scores(scores).to(model.device)
+
+
+def all_scores(part: Sequence[Sequence[float]]) -> Tensor:
+    """(N,) scores of all prompts, of which every rank has those of its share."""
+    return torch.tensor(list(chain.from_iterable(unshare(part))))
+
+
+def by_prompt(scores: Tensor, preferences: Sequence[Preference]) -> list[list[float]]:
+    """The scores of each prompt's responses."""
+    values = iter(scores.tolist())
+    return [list(islice(values, len(p.responses))) for p in preferences]
 
 
 def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[str, float]:
@@ -89,26 +95,21 @@ def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[s
 
 
 def report_held_out(
-    log: MetricsLog,
-    step: int,
-    scorer: Scorer,
-    tokenizer: Any,
-    held_out: Sequence[Preference],
-    cfg: RewardConfig,
+    run: Run, scorer: Scorer, tokenizer: Any, held_out: Sequence[Preference], cfg: RewardConfig
 ) -> dict[str, float]:
     """Held-out loss and accuracy, and scored answers to the first few prompts; {} if none."""
     if not held_out:
         return {}
     scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     metrics = ranking_metrics(scores, held_out)
-    check_finite(metrics["eval_loss"], step, last_checkpoint(cfg.output))
-    log.write(step, "eval", **metrics)
+    run.check_finite(metrics["eval_loss"])
+    run.report(metrics, "eval")
     remaining = iter(scores.tolist())
     for preference in held_out[: cfg.samples]:
-        log.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
+        run.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
         for rank, response in zip(preference.ranks, preference.responses, strict=True):
             text = tokenizer.decode(response, skip_special_tokens=True)
-            log.print(f"  score {next(remaining):+.3f} (rank {rank}): {text!r}")
+            run.print(f"  score {next(remaining):+.3f} (rank {rank}): {text!r}")
     return metrics
 
 
@@ -128,98 +129,67 @@ def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
     return {"score_mean": mean, "score_std": std}
 
 
-def main(cfg: RewardConfig) -> dict[str, Any]:
-    """Train, evaluate, normalise and save; returns the final metrics.
+def main(cfg: RewardConfig, sink: Sink | None = None) -> dict[str, Any]:
+    """Train, evaluate, normalise and save; returns the final metrics. A sink gets each record of metrics.
 
     Raises:
         ValueError: a setting, the model, its tokenizer or the data do not fit.
         NonFiniteError: the loss or the gradient became NaN; the last checkpoint is left in place.
     """
-    # 1 what can be refused at once; the seed, before the head and the adapters are drawn
     cfg = checked(cfg)
-    check_output(cfg)
-    transformers.set_seed(cfg.seed)
+    with Run(cfg, "reward", sink) as run:
+        return train(cfg, run)
 
-    # 2 model and tokenizer
+
+def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
+    """The steps of `main`."""
+    # 1 model, its score head drawn or its own, and tokenizer
     tokenizer = load_tokenizer(cfg.model)
     record_template(tokenizer, cfg.template)
-    model: Any = start_scalar_model(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    model: Any = start_scalar_model(cfg.model, dtype=cfg.dtype, device=run.device)
     pad_apart(tokenizer, cfg.template)
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
     check_tuner(model, cfg)
 
-    # 3 data
-    train, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
+    # 2 preferences
+    items, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
-    # 4 tuner, optimizer and schedule; the folder is this run's once nothing can be refused
-    total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
-    claim_output(cfg)
-    if saves_adapter(cfg):
-        save_merged_base(model, tokenizer, cfg.output)
-    scorer = Scorer(tune(model, cfg))
-    optimizer = make_optimizer(scorer, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
-    schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
-    batches = chain.from_iterable(
-        shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
-    )
+    # 3 tuner, optimizer, schedule, batches
+    scorer, learner, batches = begin_epochs(run, cfg, model, tokenizer, items, Scorer)
+    metrics: dict[str, float] = {}
+    if run.done == 0:
+        report_held_out(run, scorer, tokenizer, held_out, cfg)
 
-    run = Run(cfg, [scorer.model], [optimizer], [schedule])
-    done = run.start()
+    def loss_of(micro: Sequence[Preference], count: int, scores: list[list[float]]) -> Tensor:
+        batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device)
+        loss, micro_scores = reward_loss(scorer, batch, center_coef=cfg.center_coef)
+        scores += by_prompt(micro_scores, micro)
+        return loss * (len(micro) / count)
 
-    with MetricsLog(cfg.output, total=total, title="reward", done=done) as log:
-        if done == 0:
-            report_held_out(log, 0, scorer, tokenizer, held_out, cfg)
-        for step, indices in islice(zip(range(1, total + 1), batches, strict=False), done, None):
-            start = time.perf_counter()
-            torch.manual_seed(step_seed(cfg.seed, step))  # a step's dropout depends on no earlier step
-            scorer.train()
+    for step in run.steps():
+        # 4 gradients; each prompt weighs the same, however many pairs it has
+        scorer.train()
+        prompts = sorted(next(batches), key=_length)
+        scores: list[list[float]] = []
+        loss = accumulate(share(prompts), cfg.micro_batch_size, partial(loss_of, count=len(prompts), scores=scores))
 
-            # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
-            prompts = sorted((train[i] for i in indices), key=_length)
-            losses, scores = [], []
-            for micro in chunks(prompts, cfg.micro_batch_size):
-                batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device)
-                micro_loss, micro_scores = reward_loss(scorer, batch, center_coef=cfg.center_coef)
-                micro_loss = micro_loss * (len(micro) / len(prompts))
-                micro_loss.backward()
-                losses.append(micro_loss.detach())
-                scores.append(micro_scores)
-            loss = torch.stack(losses).sum().item()
-            check_finite(loss, step, last_checkpoint(cfg.output))
+        # 5 update, and report with the accuracy before it
+        metrics = learn(run, learner, loss)
+        metrics |= {"accuracy": ranking_metrics(all_scores(scores), prompts)["eval_accuracy"]}
+        run.report(metrics, tokens=sum(map(_tokens, prompts)))
+        if run.due(cfg.eval_every) and step < run.total:
+            report_held_out(run, scorer, tokenizer, held_out, cfg)
 
-            # 6 keep the weights that gave this finite loss
-            if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
-                run.save(save_checkpoint(scorer.model, tokenizer, cfg.output, step - 1), step - 1)
-
-            # 7 update
-            lr = optimizer.param_groups[0]["lr"]
-            grad_norm = optimizer_step(scorer, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
-
-            # 8 report
-            seconds = time.perf_counter() - start
-            metrics = {
-                "loss": loss,
-                "accuracy": ranking_metrics(torch.cat(scores), prompts)["eval_accuracy"],
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens_per_s": sum(_tokens(p) for p in prompts) / seconds,
-                "peak_mem_gib": peak_memory_gib(scorer.device),
-            }
-            log.write(step, **metrics)
-            if cfg.eval_every and step % cfg.eval_every == 0 and step < total:
-                report_held_out(log, step, scorer, tokenizer, held_out, cfg)
-
-        # 9 evaluate, normalise and save
-        metrics |= report_held_out(log, total, scorer, tokenizer, held_out, cfg)
-        indices = next(shuffled_batches(len(train), cfg.normalize_prompts or len(train), seed=cfg.seed, epoch=0))
-        seen = [train[i] for i in indices]
-        raw = score_preferences(scorer, seen, tokenizer.pad_token_id, cfg.micro_batch_size)
-        metrics |= normalize_scores(scorer.model, raw)
-        save_model(scorer.model, tokenizer, cfg.output)
-    return {"steps": total, "output": cfg.output, **metrics}
+    # 6 evaluate, normalise and save
+    metrics |= report_held_out(run, scorer, tokenizer, held_out, cfg)
+    seen = next(shuffled_batches(len(items), cfg.normalize_prompts or len(items), seed=cfg.seed, epoch=0))
+    raw = score_preferences(scorer, [items[i] for i in seen], tokenizer.pad_token_id, cfg.micro_batch_size)
+    metrics |= normalize_scores(scorer.model, raw)
+    run.write(lambda: save_model(scorer.model, tokenizer, cfg.output))
+    return {"steps": run.total, "output": cfg.output, **metrics}
 
 
 def _length(preference: Preference) -> int:

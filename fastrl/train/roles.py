@@ -14,7 +14,6 @@ from fastrl.models import (
     load_policy,
     load_scalar_model,
     load_tokenizer,
-    saves_adapter,
     tune,
 )
 from fastrl.models.probe import check_policy, check_scalar
@@ -62,17 +61,19 @@ def load_roles(
     return Roles(Policy(Full(policy)), Scorer(Full(critic)))
 
 
-def tune_roles(roles: Roles, settings: TunerSettings, tokenizer: Any, output: str | Path) -> Roles:
+def save_merged_bases(roles: Roles, tokenizer: Any, output: str | Path) -> None:
+    """Folders under `output` for the bases that were merged from adapters; call it before `tune_roles`."""
+    save_merged_base(roles.policy.model, tokenizer, output)
+    save_merged_base(roles.critic.model, tokenizer, Path(output) / "critic")
+
+
+def tune_roles(roles: Roles, settings: TunerSettings) -> Roles:
     """Policy and critic with their tuners, which can go back to the loaded models.
 
     In eval mode: dropout stays off, so that old and new log-probs differ by the update alone. Adapters are drawn from
-    torch's global generator; bases that were merged from adapters get folders under `output`.
+    torch's global generator.
     """
-    policy, critic = roles.policy.model, roles.critic.model
-    if saves_adapter(settings):
-        save_merged_base(policy, tokenizer, output)
-        save_merged_base(critic, tokenizer, Path(output) / "critic")
-    policy, critic = (tune(model, settings, keep_loaded=True) for model in (policy, critic))
+    policy, critic = (tune(model, settings, keep_loaded=True) for model in (roles.policy.model, roles.critic.model))
     return Roles(Policy(policy).eval(), Scorer(critic).eval())
 
 

@@ -10,30 +10,27 @@ supervised tokens of the whole step, however it is cut into micro-batches.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from itertools import chain, count, islice
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
+from torch import Tensor
 
-from fastrl.data import Example, load_examples, shuffled_batches
+from fastrl.data import Example, load_examples
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
-from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer, saves_adapter, tune
+from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer
 from fastrl.models.probe import check_policy
-from fastrl.models.saving import save_merged_base, save_model
+from fastrl.models.saving import save_model
 from fastrl.rollout import decode_responses, rollout
-from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.config import checked, option
-from fastrl.run.metrics import MetricsLog, peak_memory_gib
-from fastrl.run.optim import check_finite, count_steps, make_optimizer, make_schedule, optimizer_step
-from fastrl.run.output import check_output, claim_output
-from fastrl.run.resume import Run, step_seed
+from fastrl.run.distributed import is_main, share, sum_over_ranks
+from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
+from fastrl.train.epochs import accumulate, begin_epochs, learn
 from fastrl.train.losses import sft_logprobs, sft_loss
 
 
@@ -51,9 +48,10 @@ def evaluate(model: Any, examples: Sequence[Example], pad_id: int, micro_batch_s
     """Loss per supervised token and perplexity = exp(loss), without dropout."""
     model.eval()
     total = 0.0
-    for micro in chunks(examples, micro_batch_size):
+    for micro in chunks(share(examples), micro_batch_size):
         batch = sft_batch(micro, pad_id, model.device)
         total -= sft_logprobs(model, batch).sum(dtype=torch.float64).item()
+    total = sum_over_ranks(torch.tensor(total, dtype=torch.float64)).item()
     loss = total / max(1, supervised_tokens(examples))
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
@@ -73,108 +71,71 @@ def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_
 
 
 def report_held_out(
-    log: MetricsLog,
-    step: int,
-    policy: Policy,
-    tokenizer: Any,
-    held_out: Sequence[Example],
-    cfg: SFTConfig,
+    run: Run, policy: Policy, tokenizer: Any, held_out: Sequence[Example], cfg: SFTConfig
 ) -> dict[str, float]:
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
     metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
-    check_finite(metrics["eval_loss"], step, last_checkpoint(cfg.output))
-    log.write(step, "eval", **metrics)
-    for text in sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
-        log.print(text)
+    run.check_finite(metrics["eval_loss"])
+    run.report(metrics, "eval")
+    if is_main():
+        for text in sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
+            run.print(text)
     return metrics
 
 
-def main(cfg: SFTConfig) -> dict[str, Any]:
-    """Train, evaluate and save; returns the final metrics.
+def main(cfg: SFTConfig, sink: Sink | None = None) -> dict[str, Any]:
+    """Train, evaluate and save; returns the final metrics. A sink gets each record of metrics.
 
     Raises:
         ValueError: a setting, the model, its tokenizer or the data do not fit.
         NonFiniteError: the loss or the gradient became NaN; the last checkpoint is left in place.
     """
-    # 1 what can be refused at once; the seed, before adapters are drawn
     cfg = checked(cfg)
-    check_output(cfg)
-    transformers.set_seed(cfg.seed)
+    with Run(cfg, "sft", sink) as run:
+        return train(cfg, run)
 
-    # 2 model and tokenizer
+
+def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
+    """The steps of `main`."""
+    # 1 model and tokenizer
     tokenizer = load_tokenizer(cfg.model)
     record_template(tokenizer, cfg.template, teach=True)
-    model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=run.device)
     check_policy(model, tokenizer, cfg.model)
     check_context(model, cfg.max_length, "max_length")
     if cfg.samples > 0:
         check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
     check_tuner(model, cfg)
 
-    # 3 data
-    train, held_out = load_split(load_examples, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
+    # 2 data
+    items, held_out = load_split(load_examples, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
     held_out = held_out[: cfg.eval_limit or None]
 
-    # 4 tuner, optimizer and schedule; the folder is this run's once nothing can be refused
-    total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
-    claim_output(cfg)
-    if saves_adapter(cfg):
-        save_merged_base(model, tokenizer, cfg.output)
-    policy = Policy(tune(model, cfg))
-    optimizer = make_optimizer(policy, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
-    schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
-    batches = chain.from_iterable(
-        shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=epoch) for epoch in count()
-    )
+    # 3 tuner, optimizer, schedule, batches; the folder is this run's once nothing can be refused
+    policy, learner, batches = begin_epochs(run, cfg, model, tokenizer, items, Policy)
+    metrics: dict[str, float] = {}
+    if run.done == 0:
+        report_held_out(run, policy, tokenizer, held_out, cfg)
 
-    run = Run(cfg, [policy.model], [optimizer], [schedule])
-    done = run.start()
+    def loss_of(micro: Sequence[Example], targets: int) -> Tensor:
+        return sft_loss(policy, sft_batch(micro, tokenizer.pad_token_id, policy.device), denominator=max(1, targets))
 
-    with MetricsLog(cfg.output, total=total, title="sft", done=done) as log:
-        if done == 0:
-            report_held_out(log, 0, policy, tokenizer, held_out, cfg)
-        for step, indices in islice(zip(range(1, total + 1), batches, strict=False), done, None):
-            start = time.perf_counter()
-            torch.manual_seed(step_seed(cfg.seed, step))  # a step's dropout depends on no earlier step
-            policy.train()
+    for step in run.steps():
+        # 4 gradients of the whole step, micro-batch by micro-batch; similar lengths together
+        policy.train()
+        examples = sorted(next(batches), key=lambda e: len(e.input_ids))
+        targets = supervised_tokens(examples)
+        loss = accumulate(share(examples), cfg.micro_batch_size, partial(loss_of, targets=targets))
 
-            # 5 gradients of the whole step, micro-batch by micro-batch; similar lengths together
-            examples = sorted((train[i] for i in indices), key=lambda e: len(e.input_ids))
-            targets = supervised_tokens(examples)
-            losses = []
-            for micro in chunks(examples, cfg.micro_batch_size):
-                batch = sft_batch(micro, tokenizer.pad_token_id, policy.device)
-                micro_loss = sft_loss(policy, batch, denominator=max(1, targets))
-                micro_loss.backward()
-                losses.append(micro_loss.detach())
-            loss = torch.stack(losses).sum().item()
-            check_finite(loss, step, last_checkpoint(cfg.output))
+        # 5 update and report
+        metrics = learn(run, learner, loss) | {"supervised_tokens": targets}
+        run.report(metrics, tokens=sum(len(e.input_ids) for e in examples))
+        if run.due(cfg.eval_every) and step < run.total:
+            report_held_out(run, policy, tokenizer, held_out, cfg)
 
-            # 6 keep the weights that gave this finite loss
-            if cfg.save_every and step > 1 and (step - 1) % cfg.save_every == 0:
-                run.save(save_checkpoint(policy.model, tokenizer, cfg.output, step - 1), step - 1)
-
-            # 7 update
-            lr = optimizer.param_groups[0]["lr"]
-            grad_norm = optimizer_step(policy, optimizer, schedule, max_grad_norm=cfg.max_grad_norm, step=step)
-
-            # 8 report
-            seconds = time.perf_counter() - start
-            metrics = {
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "supervised_tokens": targets,
-                "tokens_per_s": sum(len(e.input_ids) for e in examples) / seconds,
-                "peak_mem_gib": peak_memory_gib(policy.device),
-            }
-            log.write(step, **metrics)
-            if cfg.eval_every and step % cfg.eval_every == 0 and step < total:
-                report_held_out(log, step, policy, tokenizer, held_out, cfg)
-
-        # 9 evaluate and save
-        metrics |= report_held_out(log, total, policy, tokenizer, held_out, cfg)
-        save_model(policy.model, tokenizer, cfg.output)
-    return {"steps": total, "output": cfg.output, **metrics}
+    # 6 evaluate and save
+    metrics |= report_held_out(run, policy, tokenizer, held_out, cfg)
+    run.write(lambda: save_model(policy.model, tokenizer, cfg.output))
+    return {"steps": run.total, "output": cfg.output, **metrics}

@@ -341,14 +341,18 @@ def test_gradients_are_clipped_and_a_nan_gradient_changes_nothing(tiny_policy):
 
 def test_checkpoints_are_pruned_and_never_hold_nan(tiny_policy, tiny_tokenizer, tmp_path):
     model = load_policy(tiny_policy)
+
+    def write(folder):
+        save_model(model, tiny_tokenizer, folder)
+
     for step in (1, 2, 3):
-        save_checkpoint(model, tiny_tokenizer, tmp_path, step, keep=2)
+        save_checkpoint(write, tmp_path, step, keep=2)
     kept = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
     assert kept == ["step-000002", "step-000003"]
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="lm_head"):
-        save_checkpoint(model, tiny_tokenizer, tmp_path, 4)
+        save_checkpoint(write, tmp_path, 4)
     assert last_checkpoint(tmp_path).name == "step-000003"
     assert transformers.AutoModelForCausalLM.from_pretrained(last_checkpoint(tmp_path)).lm_head is not None
 

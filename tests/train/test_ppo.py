@@ -16,7 +16,9 @@ from fastrl.checks import NonFiniteError
 from fastrl.models import as_policy, base_model, load_tokenizer, response_logprobs
 from fastrl.ops import PPOStats, ppo_loss
 from fastrl.rollout import Trajectory
-from fastrl.train import ppo
+from fastrl.run.optim import Learner, make_schedule
+from fastrl.run.run import Run
+from fastrl.train import ppo, ppo_update
 from fastrl.train.experience import (
     Experience,
     ScoredTrajectory,
@@ -28,7 +30,8 @@ from fastrl.train.experience import (
     select_rows,
     summarise,
 )
-from fastrl.train.ppo import PPOConfig, compute_advantages, main, sample, score_samples, update
+from fastrl.train.ppo import PPOConfig, compute_advantages, main, sample, score_samples
+from fastrl.train.ppo_update import update
 from fastrl.train.roles import load_roles, tune_roles
 
 EOS, LIKED = 1, slice(130, 259)
@@ -100,7 +103,7 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.model)
     roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype)
-    roles = tune_roles(roles, cfg, tokenizer, cfg.output)
+    roles = tune_roles(roles, cfg)
     with torch.no_grad():
         for model in (roles.policy, roles.critic):
             for parameter in model.parameters():
@@ -116,6 +119,19 @@ def experience_of(roles, cfg: PPOConfig, trajectory: Trajectory) -> Experience:
 
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def update_once(roles, experience: Experience, cfg: PPOConfig, rate: float) -> dict[str, float]:
+    """The update of the first iteration, by plain gradient descent."""
+    run = Run(cfg, "ppo")
+    run.step = 1
+    learners = []
+    for model in (roles.policy, roles.critic):
+        optimizer = SGD(trained(model), lr=rate)
+        learners.append(
+            Learner(model, optimizer, make_schedule(optimizer, kind="constant", warmup_steps=0, total_steps=1))
+        )
+    return update(run, roles, learners, experience, cfg, temperature=cfg.temperature)
 
 
 # ---- the data flow ----
@@ -201,8 +217,8 @@ def test_map_rows_puts_chunks_back_in_order():
     )
     assert lengths.tolist() == [3, 4, 1]
     assert torch.equal(tokens, TRAJECTORY.responses * TRAJECTORY.response_mask)
-    chunks = by_length(TRAJECTORY, torch.arange(3), 2)
-    assert [chunk.tolist() for chunk in chunks] == [[0, 1], [2]]
+    assert by_length(TRAJECTORY, torch.arange(3)).tolist() == [0, 1, 2]
+    assert by_length(TRAJECTORY, torch.tensor([2, 0])).tolist() == [0, 2]
 
 
 def test_metrics_ignore_masked_positions(config):
@@ -218,8 +234,7 @@ def test_metrics_ignore_masked_positions(config):
             scored._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), mask, cfg
         )
         experience = Experience(*TRAJECTORY[:2], mask, logprobs, values, *shaped[:2])
-        optimizers = [SGD(trained(model), lr=1e-3) for model in (roles.policy, roles.critic)]
-        results.append([summarise(TRAJECTORY, shaped.stats, "k1"), update(roles, optimizers, experience, cfg, 1)])
+        results.append([summarise(TRAJECTORY, shaped.stats, "k1"), update_once(roles, experience, cfg, 1e-3)])
     assert results[0] == results[1]
     assert results[0][0]["response_tokens"] == pytest.approx(8 / 3)
     assert results[0][0]["stopped"] == pytest.approx(2 / 3)
@@ -252,8 +267,7 @@ def test_ratio_is_one_on_the_first_minibatch(config, rank):
         ratio = (logprobs - part.old_logprobs)[part.response_mask].exp()
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
         assert logprobs.requires_grad
-    optimizers = [SGD(trained(model), lr=1e-3) for model in (roles.policy, roles.critic)]
-    stats = update(roles, optimizers, experience, cfg, 1)
+    stats = update_once(roles, experience, cfg, 1e-3)
     assert stats["updates"] == 1 and 0 <= stats["first_approx_kl"] < 1e-7
     assert stats["clip_frac"] == 0
 
@@ -275,8 +289,7 @@ def test_micro_batches_do_not_change_the_update(config):
         prompts = [ppo.Prompt([70 + i] * (1 + i), "") for i in range(8)]
         trajectory = sample(roles.policy, tokenizer, prompts, cfg, 1)
         experience = experience_of(roles, cfg, trajectory)
-        optimizers = [SGD(trained(model), lr=0.1) for model in (roles.policy, roles.critic)]
-        stats = update(roles, optimizers, experience, cfg, 1)
+        stats = update_once(roles, experience, cfg, 0.1)
         weights = torch.cat([p.detach().flatten() for model in (roles.policy, roles.critic) for p in trained(model)])
         results.append((weights, stats))
     for weights, stats in results[1:]:
@@ -290,8 +303,7 @@ def test_gradients_are_clipped_policy_and_critic_apart(config):
     trajectory = sample(roles.policy, tokenizer, [ppo.Prompt([70, 71], "")] * 8, cfg, 1)
     experience = experience_of(roles, cfg, trajectory)
     before = [[p.detach().clone() for p in trained(model)] for model in (roles.policy, roles.critic)]
-    optimizers = [SGD(trained(model), lr=1.0) for model in (roles.policy, roles.critic)]
-    stats = update(roles, optimizers, experience, cfg, 1)
+    stats = update_once(roles, experience, cfg, 1.0)
     assert stats["grad_norm"] > 0.01 and stats["critic_grad_norm"] > 0.01
     for model, old in zip((roles.policy, roles.critic), before, strict=True):
         moved = [(new.detach() - start).norm() for new, start in zip(trained(model), old, strict=True)]
@@ -322,9 +334,8 @@ def test_one_outlier_does_not_end_the_updates(config, monkeypatch, approx_kl, kl
         loss, stats = ppo_loss(logprobs, values, *rest, **options)
         return loss * 0, stats._replace(approx_kl=torch.tensor(approx_kl), kl=torch.tensor(kl))
 
-    monkeypatch.setattr(ppo, "ppo_loss", loss_with_ratio)
-    optimizers = [SGD(trained(model), lr=1e-3) for model in (roles.policy, roles.critic)]
-    stats = update(roles, optimizers, experience, cfg, 1)
+    monkeypatch.setattr(ppo_update, "ppo_loss", loss_with_ratio)
+    stats = update_once(roles, experience, cfg, 1e-3)
     assert stats["updates"] == updates
     assert stats["ppo_kl"] == pytest.approx(kl)
 

@@ -151,6 +151,20 @@ def test_same_seed_same_tokens(model, tokenizer):
     )
 
 
+def test_a_row_is_sampled_alike_whatever_the_others_do(model, tokenizer):
+    """Parts of a batch, as several processes sample them, and other stop tokens: the noise is a row's own."""
+    prompts = PROMPTS * 4
+    whole = sample(model, tokenizer, prompts, stop_token_ids=range(1, 8))
+    assert 1 < len({int(length) for length in whole.response_mask.sum(1)})
+    for part in (range(0, 12, 2), range(1, 12, 2), [5], []):
+        alone = sample(model, tokenizer, prompts, stop_token_ids=range(1, 8), rows=part)
+        assert alone.input_ids.shape[0] == len(part) == len(alone.stopped)
+        for row, mask, number in zip(alone.responses, alone.response_mask, part, strict=True):
+            assert row[mask].tolist() == whole.responses[number][whole.response_mask[number]].tolist()
+    unstopped = sample(model, tokenizer, prompts, stop_token_ids=[])
+    assert (unstopped.responses[:, : whole.responses.shape[1]] == whole.responses)[whole.response_mask].all()
+
+
 def test_early_exit_when_all_rows_ended(model, tokenizer):
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
