@@ -21,8 +21,10 @@ from fastrl.models.lora import merged, patch
 
 
 class TunerSettings(Protocol):
-    """What `tune` reads of a loop's settings; also `tuner`, `lora_dropout` and `gradient_checkpointing` if there."""
+    """What `tune` reads of a loop's settings; also `lora_dropout` and `gradient_checkpointing`, if there."""
 
+    @property
+    def tuner(self) -> str: ...  # key of TUNERS
     @property
     def lora_rank(self) -> int: ...  # 0: full fine-tuning
     @property
@@ -113,12 +115,12 @@ TUNERS: dict[str, Callable[[Any, TunerSettings, bool], Tuner]] = {"full": full, 
 
 
 def tuner_name(settings: TunerSettings) -> str:
-    """Key of TUNERS: `settings.tuner`, lora where there is no such setting; full where lora_rank is 0.
+    """Key of TUNERS: `settings.tuner`, but full in place of lora where lora_rank is 0.
 
     Raises:
         ValueError: there is no such tuner.
     """
-    name = getattr(settings, "tuner", "lora")
+    name = settings.tuner
     if name not in TUNERS:
         raise ValueError(f"tuner: expected one of {', '.join(TUNERS)}, got {name!r}")
     return "full" if name == "lora" and settings.lora_rank == 0 else name

@@ -55,8 +55,9 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TunerSettings:
-    """Adapters"""
+    """Tuner"""
 
+    tuner: str = option("lora", "what is trained: lora (adapters), or full (every weight)")
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning", at_least=0)
     lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
