@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         run(command, arguments[1:])
+        if _several():
+            from fastrl.run.distributed import leave
+
+            leave()
     except KeyboardInterrupt as stop:
         if not _is_told(stop):
             print(f"fastrl: {str(stop) or 'interrupted'}", file=sys.stderr)
@@ -89,11 +93,16 @@ def usage() -> str:
 
 def _is_told(error: BaseException) -> bool:
     """Whether another of several processes says it already."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not _several():
         return False
     from fastrl.run.distributed import is_told
 
     return is_told(error)
+
+
+def _several() -> bool:
+    """Whether a launcher started other processes beside this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _is_users(error: Exception) -> bool:

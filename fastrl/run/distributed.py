@@ -57,8 +57,10 @@ def join(device: str) -> str:
 
 def leave() -> None:
     """Close the connections between the ranks; call it when all of them have ended well."""
+    global _state
     if _state is not None:
-        torch.distributed.destroy_process_group()
+        _state.destroy_process_group()
+        _state = None
 
 
 def world_size() -> int:
@@ -119,16 +121,6 @@ def max_over_ranks(number: int) -> int:
     with _talking():
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return int(largest)
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    return bool(max_over_ranks(int(flag)))
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    max_over_ranks(0)
 
 
 def on_main(function: Callable[[], T]) -> T:

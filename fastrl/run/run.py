@@ -67,7 +67,7 @@ class Run:
         self.output = Path(settings.output)
         self.device = "cpu"
         self.step = self.done = self.total = 0  # done: the steps of the run that this one goes on with
-        self._sinks = [sink] if sink else []
+        self._sink = sink
         self._stack = ExitStack()
         self._signals = StopSignals()
         self._log: MetricsLog | None = None
@@ -173,8 +173,8 @@ class Run:
         if self._log is not None:
             with writing(self.output):
                 self._log.write(self.step, kind, **metrics)
-            for sink in self._sinks:
-                sink(Record(self.title, self.step, self.total, kind, metrics))
+            if self._sink:
+                self._sink(Record(self.title, self.step, self.total, kind, metrics))
 
     def print(self, text: str) -> None:
         """A line that does not break the progress bar."""

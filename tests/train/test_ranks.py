@@ -25,6 +25,10 @@ import torch
 from loops import reported, tiny_run
 from safetensors.torch import load_file
 
+from fastrl import cli
+from fastrl.run import distributed
+from fastrl.run.resume import step_seed
+
 LOSS, WEIGHT = 1e-5, 5e-5
 NAMES = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
 
@@ -178,10 +182,18 @@ def test_two_resumed_processes_equal_uninterrupted_ones(both, name):
 
 
 def test_dropout_differs_between_ranks():
-    from fastrl.run.resume import step_seed
-
     seeds = {step_seed(seed, step, rank) % 2**32 for seed in (0, 1) for step in range(100) for rank in range(8)}
     assert len(seeds) == 2 * 100 * 8 and step_seed(3, 5, 0) == 3 * 1_000_003 + 5
+
+
+def test_a_plain_process_talks_to_nobody():
+    items, tensor = [1, 2, 3], torch.ones(2)
+    assert distributed.join("cpu") == "cpu" and (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.share(items) is items and distributed.unshare(items) == items
+    assert distributed.sum_over_ranks(tensor) is tensor and distributed.gather(items) == [items]
+    assert distributed.on_main(lambda: 5) == distributed.max_over_ranks(5) == 5
+    distributed.sum_gradients(iter([]))
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_refusal_is_raised_by_all_and_said_by_one(both):
@@ -270,8 +282,6 @@ def test_accelerate_launch_and_sigterm(configs, tmp_path):
     assert not (tmp_path / "run/run.lock").exists()
     steps = [r["step"] for r in reported(str(tmp_path / "run")) if r["kind"] == "train"]
     assert steps == list(range(1, step + 1))
-    from fastrl import cli
-
     assert cli.main(["sft", *arguments, "--resume=true"]) == 0
     steps = [r["step"] for r in reported(str(tmp_path / "run")) if r["kind"] == "train"]
     assert steps == list(range(1, 201))
