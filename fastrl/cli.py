@@ -74,6 +74,7 @@ def run(command: str, arguments: list[str]) -> None:
 def usage() -> str:
     """The text of `fastrl --help`."""
     width = max(map(len, COMMANDS))
+    loops = " and ".join(", ".join(name for name, (_, config, _) in COMMANDS.items() if config).rsplit(", ", 1))
     lines = [f"  {name:{width}}  {summary}" for name, (_, _, summary) in COMMANDS.items()]
     return "\n".join(
         [
@@ -85,7 +86,7 @@ def usage() -> str:
             *lines,
             "",
             "`fastrl COMMAND --help` lists the options of a command, `fastrl --version` prints the version.",
-            "sft, reward and ppo read a YAML file (--config), and any key of it from the command line.",
+            f"{loops} read a YAML file (--config), and any key of it from the command line.",
             "FASTRL_DEBUG=1 shows where in the code an error came from.",
         ]
     )

@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 import yaml
+from loops import MAINS
 
 from fastrl.run.config import checked, option, parse
-from fastrl.train import ppo, reward, sft
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def test_values_in_bounds(monkeypatch):
     assert checked(Bounded()) == Bounded()
 
 
-@pytest.mark.parametrize("settings", [sft.SFTConfig, reward.RewardConfig, ppo.PPOConfig])
+@pytest.mark.parametrize("settings", [settings for _, settings in MAINS.values()])
 def test_every_number_of_the_loops_has_bounds(settings):
     """And every default is within them; a path is one that may begin with ~."""
     needed = {item.name: "x" for item in fields(settings) if item.default is MISSING}
@@ -240,7 +240,7 @@ def test_every_number_of_the_loops_has_bounds(settings):
         assert all(found)
 
 
-@pytest.mark.parametrize("settings", [sft.SFTConfig, reward.RewardConfig, ppo.PPOConfig])
+@pytest.mark.parametrize("settings", [settings for _, settings in MAINS.values()])
 def test_help_shows_the_loops_options_in_groups(settings, capsys):
     with pytest.raises(SystemExit):
         parse(settings, ["--help"], prog="fastrl loop")
@@ -252,7 +252,7 @@ def test_help_shows_the_loops_options_in_groups(settings, capsys):
     assert places[groups.index("Run:")] < text.index("--output ") < places[groups.index("Data:")]
 
 
-@pytest.mark.parametrize("group", {base for loop in (sft.SFTConfig, ppo.PPOConfig) for base in loop.__mro__[1:-1]})
+@pytest.mark.parametrize("group", {base for _, settings in MAINS.values() for base in settings.__mro__[1:-1]})
 def test_a_group_of_settings_is_small_and_has_no_behaviour(group):
     assert len(group.__annotations__) <= 8
     assert not [name for name, value in vars(group).items() if callable(value) and not name.startswith("__")]

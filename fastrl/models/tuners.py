@@ -42,8 +42,8 @@ class Tuner(Protocol):
         """(B, T, H) hidden states below the head at the given tokens; those of virtual tokens are taken off."""
 
     def off(self) -> AbstractContextManager[None]:
-        """Within, the model is the one that was loaded, to the bit: PPO's reference and reward model. For passes
-        without gradients.
+        """Within, the model is the one that was loaded, to the bit, as PPO's reference and reward model are. For passes
+        without gradients; whether dropout is on is the caller's affair.
 
         Raises:
             RuntimeError: the tuner needs a copy of the loaded weights and was made without `keep_loaded`.
@@ -54,7 +54,9 @@ class Tuner(Protocol):
 
 
 class Full:
-    """Every weight is trained. `off` exchanges the weights with a copy of the loaded ones, which costs their memory."""
+    """The model's own weights are trained: all that require a gradient. `off` exchanges them with a copy of the loaded
+    ones, which costs their memory.
+    """
 
     def __init__(self, model: Any, keep_loaded: bool = False) -> None:
         self.model = model
@@ -80,7 +82,7 @@ class Full:
     def _exchange(self) -> None:
         """The parameters, which optimizers and hooks hold, stay; what they point at is exchanged: nothing is copied."""
         if not self._others:
-            raise RuntimeError("off: full fine-tuning keeps no copy of the loaded weights; tune with keep_loaded=True")
+            raise RuntimeError("off: no copy of the loaded weights was kept; tune with keep_loaded=True")
         for i, parameter in enumerate(self._trained()):
             parameter.data, self._others[i] = self._others[i], parameter.data
 
@@ -111,7 +113,22 @@ def lora(model: transformers.PreTrainedModel, settings: TunerSettings, keep_load
     return Adapter(add_lora(model, lora_settings(settings)))
 
 
-TUNERS: dict[str, Callable[[Any, TunerSettings, bool], Tuner]] = {"full": full, "lora": lora}
+class Method(NamedTuple):
+    """What there is to know of a tuner before it is made."""
+
+    make: Callable[[Any, TunerSettings, bool], Tuner]  # (model, settings, keep_loaded)
+    check: Callable[[nn.Module, TunerSettings], None]  # ValueError if the settings do not fit the model
+    saves_adapter: bool  # an adapter is saved alone, so that its base must be a folder that it can name
+
+
+def nothing_to_check(model: nn.Module, settings: TunerSettings) -> None:
+    """Any model will do."""
+
+
+TUNERS = {
+    "full": Method(full, nothing_to_check, saves_adapter=False),
+    "lora": Method(lora, lambda model, settings: check_lora(model, lora_settings(settings)), saves_adapter=True),
+}
 
 
 def tuner_name(settings: TunerSettings) -> str:
@@ -127,14 +144,13 @@ def tuner_name(settings: TunerSettings) -> str:
 
 
 def saves_adapter(settings: TunerSettings) -> bool:
-    """Whether an adapter is saved alone, so that its base must be a folder that the adapter can name."""
-    return tuner_name(settings) != "full"
+    """Whether the tuner saves an adapter alone."""
+    return TUNERS[tuner_name(settings)].saves_adapter
 
 
 def check_tuner(model: nn.Module, settings: TunerSettings) -> None:
     """Raise ValueError if `tune` would: an unknown tuner, or targets that name no layer of the model."""
-    if tuner_name(settings) == "lora":
-        check_lora(model, lora_settings(settings))
+    TUNERS[tuner_name(settings)].check(model, settings)
 
 
 def tune(model: transformers.PreTrainedModel, settings: TunerSettings, *, keep_loaded: bool = False) -> Tuner:
@@ -146,7 +162,7 @@ def tune(model: transformers.PreTrainedModel, settings: TunerSettings, *, keep_l
     Raises:
         ValueError: the settings name no tuner that there is, or no layers.
     """
-    tuner = TUNERS[tuner_name(settings)](model, settings, keep_loaded)
+    tuner = TUNERS[tuner_name(settings)].make(model, settings, keep_loaded)
     if getattr(settings, "gradient_checkpointing", False):
         base_model(tuner.model).gradient_checkpointing_enable({"use_reentrant": False})
     return tuner

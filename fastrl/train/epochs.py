@@ -21,19 +21,27 @@ Module = TypeVar("Module", Policy, Scorer)
 
 
 def begin_epochs(
-    run: Run, cfg: Any, model: Any, tokenizer: Any, train: Sequence[Item], around: type[Module]
+    run: Run,
+    cfg: Any,
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Item],
+    around: type[Module],
+    *,
+    keep_loaded: bool = False,
 ) -> tuple[Module, Learner, Iterator[list[Item]]]:
     """The module around the tuned model, its optimizer, and the batches of the steps to come; the folder is the run's.
 
     Args:
         cfg: `run.settings.EpochSettings`, `OptimSettings` and `TunerSettings`.
         around: `Policy` or `Scorer`.
+        keep_loaded: the loop needs the model as it was loaded, through `tuner.off()`.
     """
     total = count_steps(len(train), cfg.batch_size, epochs=cfg.epochs, max_steps=cfg.max_steps)
     run.claim()
     if saves_adapter(cfg):
         run.write(lambda: save_merged_base(model, tokenizer, cfg.output))
-    module = around(tune(model, cfg))
+    module = around(tune(model, cfg, keep_loaded=keep_loaded))
     optimizer = make_optimizer(module, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
     schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
     learner = Learner(module, optimizer, schedule)

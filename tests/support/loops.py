@@ -1,20 +1,24 @@
-"""The three loops on tiny models: what tests of all of them run, and what such a run reported."""
+"""The loops on tiny models: what tests of all of them run, and what such a run reported."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastrl.train import ppo, reward, sft
+from fastrl.cli import COMMANDS
 
+MODULES = {name: importlib.import_module(module) for name, (module, config, _) in COMMANDS.items() if config}
+MAINS = {name: (module.main, getattr(module, COMMANDS[name][1])) for name, module in MODULES.items()}  # and settings
 LOOPS = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
 
 
 def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Callable[[Any], Any], Any]:
-    """(main, configuration) of one of LOOPS, on 24 records that are written into `folder`; LoRA unless it is full."""
-    name, _, full = name.partition(", ")
+    """(main, configuration) of one of LOOPS, on 24 records that are written into `folder`; LoRA unless the name
+    ends in another tuner."""
+    name, _, tuner = name.partition(", ")
     unwanted = {"sft": ("chosen", "rejected"), "reward": ("completion",), "ppo": ()}[name]
     records = [
         {"prompt": f"{i} say:", "completion": "x" * (1 + i % 4), "chosen": "a" * (1 + i % 3), "rejected": "b" * 5}
@@ -22,14 +26,14 @@ def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Calla
     ]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({k: v for k, v in r.items() if k not in unwanted}) + "\n" for r in records))
-    common = {"model": str(policy), "data": str(data), "output": str(folder / "run"), "lora_rank": 0 if full else 4}
-    common |= {"batch_size": 5, "micro_batch_size": 2, "learning_rate": 1e-3}
+    common = {"model": str(policy), "data": str(data), "output": str(folder / "run"), "tuner": tuner or "lora"}
+    common |= {"lora_rank": 4, "batch_size": 5, "micro_batch_size": 2, "learning_rate": 1e-3}
     if name == "ppo":
-        options = {"reward_model": str(scalar), "minibatch_size": 3, "max_new_tokens": 5, "epochs": 2}
-        return ppo.main, ppo.PPOConfig(**common, **options)
-    options = {"holdout": 0.2, "max_length": 64, "warmup_steps": 2}
-    module, config = {"sft": (sft, sft.SFTConfig), "reward": (reward, reward.RewardConfig)}[name]
-    return module.main, config(**common, **options)
+        options: dict[str, Any] = {"reward_model": str(scalar), "minibatch_size": 3, "max_new_tokens": 5, "epochs": 2}
+    else:
+        options = {"holdout": 0.2, "max_length": 64, "warmup_steps": 2}
+    main, config = MAINS[name]
+    return main, config(**common, **options)
 
 
 def reported(folder: str, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:

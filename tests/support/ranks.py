@@ -19,17 +19,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from loops import MAINS
 
 from fastrl.run import distributed
 from fastrl.run import run as runs
 from fastrl.run.masters import trained
-from fastrl.train import ppo, reward, sft
+from fastrl.train import sft
 
-LOOPS = {
-    "sft": (sft.main, sft.SFTConfig),
-    "reward": (reward.main, reward.RewardConfig),
-    "ppo": (ppo.main, ppo.PPOConfig),
-}
 ROOT = Path(sft.__file__).parents[2]
 
 
@@ -40,7 +36,7 @@ def job(loop: str, settings: Any, *, stop: int = 0, change: str = "") -> dict[st
 
 def run_job(todo: dict[str, Any]) -> dict[str, Any]:
     """Run a job; gradient norms and hashes of the weights after each update, and the error that ended it."""
-    main, config = LOOPS[todo["loop"]]
+    main, config = MAINS[todo["loop"]]
     seen: dict[str, Any] = {"norms": [], "hashes": [], "error": None}
     step_of, report_of = runs.optimizer_step, runs.Run.report
 

@@ -11,7 +11,7 @@ from gpus import HAS_GPU
 from loops import LOOPS, reported, tiny_run
 from simulated_cuda import DEVICE, OnDevice, simulated_cuda, use_kernels
 
-from fastrl.models import saving
+from fastrl.models import saves_adapter, saving
 from fastrl.ops import backend
 from fastrl.run import resume
 from fastrl.train import ppo, sft
@@ -24,7 +24,7 @@ UNSTABLE = ("lr", "kl_k1", "approx_kl", "first_approx_kl", "policy_loss", "expla
 def loop(request, tmp_path, tiny_policy, tiny_scalar):
     """(main, configuration) of a few steps on a GPU."""
     main, cfg = tiny_run(request.param, tmp_path, tiny_policy, tiny_scalar)
-    cfg, adapters = replace(cfg, device="cuda"), cfg.lora_rank > 0
+    cfg, adapters = replace(cfg, device="cuda"), saves_adapter(cfg)
     if main is ppo.main:
         return main, replace(cfg, iterations=2, merge_adapter=adapters)
     cfg = replace(cfg, max_steps=3, save_every=0)

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from loops import reported, tiny_run
+from loops import LOOPS, reported, tiny_run
 from safetensors.torch import load_file
 
 from fastrl import cli
@@ -30,7 +30,6 @@ from fastrl.run import distributed
 from fastrl.run.resume import step_seed
 
 LOSS, WEIGHT = 1e-5, 5e-5
-NAMES = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def both(configs, tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     dropout = {"lora_dropout": 0.2, "max_steps": 6}
     exact = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 4}
-    plans = {name: (name, {}, {}) for name in NAMES}
+    plans = {name: (name, {}, {}) for name in LOOPS}
     plans |= {
         "exact": ("sft, full", exact, {}),
         "exact bf16": ("sft, bf16", exact, {}),
@@ -117,7 +116,7 @@ def assert_same_run(one: Path, two: Path, loss: float = LOSS, weight: float = WE
         torch.testing.assert_close(got[name], value, atol=weight, rtol=weight, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_two_processes_equal_one(both, name):
     """Batches of 5 and 4 rows, in shares of 3 and 2: the same records and weights, and the same weights on both."""
     alone, seen, one, two = both(name)
@@ -211,7 +210,7 @@ def two_by_hand(todo, folder: Path) -> list[tuple[int, str]]:
         "import json, sys, ranks\n"
         "from fastrl import cli\n"
         "todo = json.loads(sys.argv[1])\n"
-        "main, config = ranks.LOOPS[todo['loop']]\n"
+        "main, config = ranks.MAINS[todo['loop']]\n"
         "def run(command, arguments):\n"
         "    with ranks.CHANGES[todo['change']]():\n"
         "        main(config(**todo['settings']))\n"

@@ -28,6 +28,8 @@ from fastrl.models import (
     token_scores,
     tune,
 )
+from fastrl.models.decoding import next_logits
+from fastrl.models.heads import lm_head
 from fastrl.rollout import Trajectory
 from fastrl.train import experience
 from fastrl.train.losses import reward_loss, sft_logprobs, sft_loss
@@ -163,10 +165,24 @@ def test_settings_reach_the_adapter(tiny_policy):
 def test_an_unknown_tuner_names_the_known_ones(tiny_policy):
     model = load_policy(tiny_policy)
     for function in (tune, check_tuner):
-        with pytest.raises(ValueError, match="tuner: expected one of full, lora, got 'qlora'"):
+        with pytest.raises(ValueError, match=f"tuner: expected one of {', '.join(TUNERS)}, got 'qlora'"):
             function(model, settings("qlora"))
     with pytest.raises(ValueError, match="lora_targets: .*q_proj.*, got 'query'"):
         check_tuner(model, settings(lora_targets="query"))
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_sampling_sees_the_tuned_model_too(tiny_policy, name):
+    """Rollouts decode through the inner model: with its cache, and left-padded, it gives the logits of `hidden`."""
+    policy = Policy(tune(copy.deepcopy(load_policy(tiny_policy)), settings(name)))
+    train(policy, logprobs)
+    policy.eval()
+    with torch.no_grad():
+        expected = lm_head(policy.model).logits(policy.tuner.hidden(IDS, ATTENDED))
+        cache = None
+        for end in (5, 6, 7):
+            logits, cache = next_logits(policy.model, IDS[:, :end], ATTENDED[:, :end], cache)
+            torch.testing.assert_close(logits, expected[:, end - 1], atol=1e-4, rtol=1e-4)
 
 
 # ---- one way to every number ----
