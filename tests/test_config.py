@@ -252,7 +252,10 @@ def test_help_shows_the_loops_options_in_groups(settings, capsys):
     assert places[groups.index("Run:")] < text.index("--output ") < places[groups.index("Data:")]
 
 
-@pytest.mark.parametrize("group", {base for _, settings in MAINS.values() for base in settings.__mro__[1:-1]})
+GROUPS = {base.__name__: base for _, settings in MAINS.values() for base in settings.__mro__[1:-1]}  # in this order
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_a_group_of_settings_is_small_and_has_no_behaviour(group):
     assert len(group.__annotations__) <= 8
     assert not [name for name, value in vars(group).items() if callable(value) and not name.startswith("__")]
