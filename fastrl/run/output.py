@@ -90,8 +90,8 @@ def writing(output: str | Path) -> Iterator[None]:
             raise
         newest = newest_state(Path(output))
         raise OSError(
-            f"output: {output}: cannot be written: {text} ({shutil.disk_usage(_existing(output)).free >> 20} MiB free);"
-            + (f" the last checkpoint, {newest.parent}, is whole: go on with --resume true" if newest else "")
+            f"output: {output}: cannot be written: {text} ({shutil.disk_usage(_existing(output)).free >> 20} MiB free)"
+            + (f"; the last checkpoint, {newest.parent}, is whole: go on with --resume true" if newest else "")
         ) from error
 
 
