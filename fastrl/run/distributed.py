@@ -9,8 +9,8 @@ every function here is the identity, and neither accelerate nor torch.distribute
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -174,7 +174,7 @@ def announce(error: BaseException) -> None:
     with suppress(Exception):  # the store lives in another process, which may be gone
         store = _store()
         if store.add("fastrl/failures", 1) == 1:
-            store.set("fastrl/failure", pickle.dumps((rank(), _text(error))))
+            store.set("fastrl/failure", json.dumps([rank(), _text(error)]))
 
 
 def is_told(error: BaseException) -> bool:
@@ -189,7 +189,8 @@ def _failure() -> tuple[int, str] | None:
     """Rank and error of the one that failed first."""
     with suppress(Exception):
         if _store().check(["fastrl/failure"]):
-            return pickle.loads(_store().get("fastrl/failure"))
+            number, text = json.loads(_store().get("fastrl/failure"))
+            return number, text
     return None
 
 
@@ -226,12 +227,9 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one of its kind that can be sent."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 whatever its own __reduce__ raises
-        return (OSError if isinstance(error, OSError) else RuntimeError)(_text(error))
-    return error
+    """One of the same kind that any process can make: what users can mend stays so."""
+    kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RankError)
+    return kind(_text(error))
 
 
 def _text(error: BaseException) -> str:

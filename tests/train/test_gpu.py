@@ -13,7 +13,7 @@ from simulated_cuda import DEVICE, OnDevice, simulated_cuda, use_kernels
 
 from fastrl.models import saves_adapter, saving
 from fastrl.ops import backend
-from fastrl.run import resume
+from fastrl.run import run
 from fastrl.train import ppo, sft
 
 # Near 0 by their nature, or (the explained variance) a quotient of such.
@@ -39,7 +39,7 @@ def gpu(request, monkeypatch):
             pytest.skip("fastrl was built without CUDA")
         return nullcontext
     use_kernels(monkeypatch, request.getfixturevalue("host_cuda_kernels"))
-    for module, name in ((saving, "_write"), (resume.Run, "save")):  # files want real tensors
+    for module, name in ((saving, "_write"), (run, "save_state")):  # files want real tensors
         monkeypatch.setattr(module, name, lambda *args: None)
     return lambda: simulated_cuda(monkeypatch)
 

@@ -14,7 +14,7 @@ import transformers
 
 import fastrl.train.sft as sft
 from fastrl.checks import NonFiniteError
-from fastrl.data import load_examples, split_holdout
+from fastrl.data import load_examples, shuffled_batches, split_holdout
 from fastrl.data.batches import sft_batch, supervised_tokens
 from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
 from fastrl.train.losses import sft_logprobs, sft_loss
@@ -133,7 +133,7 @@ def test_three_steps_equal_a_plain_loop(config):
     data, _ = load_examples(cfg.data, tokenizer, max_length=cfg.max_length)
     train, _ = split_holdout(data, cfg.holdout, cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
-    batches = sft.shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=0)
+    batches = shuffled_batches(len(train), cfg.batch_size, seed=cfg.seed, epoch=0)
     for step, (indices, record) in enumerate(zip(batches, records(cfg.output), strict=True)):
         optimizer.param_groups[0]["lr"] = cfg.learning_rate * (1 - step / 3)
         assert record["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
