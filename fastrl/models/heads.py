@@ -61,7 +61,7 @@ class ScoreHead(NamedTuple):
         """(..., C) fp32 scores of hidden states (..., H)."""
         dtype = next(self.layer.parameters()).dtype
         raw = self.layer(hidden.to(dtype)).float()
-        return raw - (self.bias[0] if len(self.bias) == 1 else raw.new_tensor(self.bias))
+        return raw - (self.bias[0] if len(self.bias) == 1 else torch.tensor(self.bias, device=raw.device))
 
     def combine(self, scores: Tensor, weights: Mapping[str, float]) -> Tensor:
         """(...) sum over the criteria of weight * score; `scores` is (..., C), a criterion without a weight counts 0.

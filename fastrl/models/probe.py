@@ -90,7 +90,7 @@ def check_scalar(model: Any, tokenizer: Any, path: str | Path) -> None:
         check.same("states after left padding", short, hidden[0, :SHORT], spread, NOT_OURS)
 
         scores = as_scorer(model)(ids, every, last_only=False)  # (2, T, C)
-        scores = scores + scores.new_tensor(score_head(model).bias)
+        scores = scores + torch.tensor(score_head(model).bias, device=scores.device)
         cast = base.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
         try:
             own = check.attempt("forward pass", lambda: torch.cat([base(input_ids=row[None]).logits for row in ids]))

@@ -62,22 +62,18 @@ class RewardConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings,
 def score_preferences(model: Any, preferences: Sequence[Preference], pad_id: int, micro_batch_size: int) -> Tensor:
     """(N,) scores of all responses of all preferences, in order, without dropout."""
     model.eval()
-    scores: list[list[float]] = []
+    scores = []
     for micro in chunks(share(preferences), micro_batch_size):
         batch = ranking_batch(micro, pad_id, model.device)
-        scores += by_prompt(last_token_scores(model, batch.input_ids, batch.attention_mask), micro)
-    return all_scores(scores).to(model.device)
+        scores.append(last_token_scores(model, batch.input_ids, batch.attention_mask))
+    return all_scores(scores, preferences, model.device)
 
 
-def all_scores(part: Sequence[Sequence[float]]) -> Tensor:
-    """(N,) scores of all prompts, of which every rank has those of its share."""
-    return torch.tensor(list(chain.from_iterable(unshare(part))))
-
-
-def by_prompt(scores: Tensor, preferences: Sequence[Preference]) -> list[list[float]]:
-    """The scores of each prompt's responses."""
-    values = iter(scores.tolist())
-    return [list(islice(values, len(p.responses))) for p in preferences]
+def all_scores(parts: Sequence[Tensor], preferences: Sequence[Preference], device: torch.device) -> Tensor:
+    """(N,) scores of all responses of all preferences; `parts` are those of this rank's share, in order."""
+    values = iter(torch.cat(list(parts)).tolist() if parts else [])
+    own = [list(islice(values, len(p.responses))) for p in share(preferences)]
+    return torch.tensor(list(chain.from_iterable(unshare(own))), device=device)
 
 
 def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[str, float]:
@@ -163,22 +159,23 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
     if run.done == 0:
         report_held_out(run, scorer, tokenizer, held_out, cfg)
 
-    def loss_of(micro: Sequence[Preference], count: int, scores: list[list[float]]) -> Tensor:
+    def loss_of(micro: Sequence[Preference], count: int, scores: list[Tensor]) -> Tensor:
         batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device)
         loss, micro_scores = reward_loss(scorer, batch, center_coef=cfg.center_coef)
-        scores += by_prompt(micro_scores, micro)
+        scores.append(micro_scores)
         return loss * (len(micro) / count)
 
     for step in run.steps():
         # 4 gradients; each prompt weighs the same, however many pairs it has
         scorer.train()
         prompts = sorted(next(batches), key=_length)
-        scores: list[list[float]] = []
+        scores: list[Tensor] = []
         loss = accumulate(share(prompts), cfg.micro_batch_size, partial(loss_of, count=len(prompts), scores=scores))
 
         # 5 update, and report with the accuracy before it
         metrics = learn(run, learner, loss)
-        metrics |= {"accuracy": ranking_metrics(all_scores(scores), prompts)["eval_accuracy"]}
+        before = all_scores(scores, prompts, scorer.device)
+        metrics |= {"accuracy": ranking_metrics(before, prompts)["eval_accuracy"]}
         run.report(metrics, tokens=sum(map(_tokens, prompts)))
         if run.due(cfg.eval_every) and step < run.total:
             report_held_out(run, scorer, tokenizer, held_out, cfg)
