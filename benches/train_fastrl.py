@@ -17,7 +17,7 @@ from fastrl.benches.train_workload import Settings, clock, peak_mib, read
 from fastrl.data import Example, pad
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.models import Policy, load_policy, load_tokenizer, tune
-from fastrl.rollout import Trajectory
+from fastrl.rollout import Trajectory, make_trajectory
 from fastrl.run.optim import make_optimizer, optimizer_step
 from fastrl.run.run import Run
 from fastrl.train import ppo, sft
@@ -64,10 +64,8 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
 
 
 def fixed_trajectory(prompts: list[list[int]], responses: list[list[int]]) -> Trajectory:
-    left, left_mask = pad(prompts, 0, side="left")
-    right, right_mask = pad(responses, 0, side="right")
     stopped = torch.ones(len(prompts), dtype=torch.bool)
-    return Trajectory(torch.cat([left, right], 1), torch.cat([left_mask, right_mask], 1), right, right_mask, stopped)
+    return make_trajectory(*pad(prompts, 0, side="left"), *pad(responses, 0, side="right"), stopped)
 
 
 def sft_steps(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:

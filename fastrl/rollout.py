@@ -44,6 +44,19 @@ class Trajectory(NamedTuple):
     stopped: Tensor  # (B,) bool, True = ended by a stop token, not by max_new_tokens
 
 
+def make_trajectory(
+    prompt_ids: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor, stopped: Tensor
+) -> Trajectory:
+    """Left-padded prompts (B, P) and their right-padded responses (B, R) as a trajectory."""
+    return Trajectory(
+        input_ids=torch.cat([prompt_ids, responses], dim=1),
+        attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
+        responses=responses,
+        response_mask=response_mask,
+        stopped=stopped,
+    )
+
+
 def sample_tokens(
     logits: Tensor,
     *,
@@ -188,13 +201,7 @@ def rollout(
 
     responses = responses[:, : int(lengths.max()) if len(answered) else 0]
     response_mask = torch.arange(responses.shape[1], device=model.device) < lengths[:, None]
-    return Trajectory(
-        input_ids=torch.cat([prompt_ids, responses], dim=1),
-        attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
-        responses=responses,
-        response_mask=response_mask,
-        stopped=stopped,
-    )
+    return make_trajectory(prompt_ids, prompt_mask, responses, response_mask, stopped)
 
 
 def decode_responses(tokenizer: Any, trajectory: Trajectory) -> list[str]:

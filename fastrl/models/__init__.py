@@ -3,6 +3,7 @@
 Inside a `Policy` or `Scorer` is an ordinary transformers or PEFT module, which is what is sampled and saved.
 """
 
+from fastrl.devices import default_device, usable_device
 from fastrl.folders import adapter_base, is_adapter
 from fastrl.models.forward import (
     Policy,
@@ -18,13 +19,11 @@ from fastrl.models.hidden import final_hidden, position_ids
 from fastrl.models.loading import (
     check_context,
     context_length,
-    default_device,
     load_policy,
     load_scalar_model,
     load_tokenizer,
     quiet_transformers,
     start_scalar_model,
-    usable_device,
 )
 from fastrl.models.tuners import TUNERS, LoRASettings, Tuner, add_lora, check_tuner, saves_adapter, tune
 

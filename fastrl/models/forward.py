@@ -18,8 +18,8 @@ from fastrl.models.tuners import Full, Tuner
 from fastrl.ops import linear_cross_entropy, linear_logprobs
 
 
-class Policy(nn.Module):
-    """A causal language model with its tuner."""
+class Tuned(nn.Module):
+    """A model with its tuner."""
 
     def __init__(self, tuner: Tuner) -> None:
         super().__init__()
@@ -30,6 +30,10 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return cast(torch.device, self.model.device)
+
+
+class Policy(Tuned):
+    """A causal language model with its tuner."""
 
     def forward(
         self,
@@ -78,18 +82,8 @@ class Policy(nn.Module):
         return linear_logprobs(*arguments, return_entropy=return_entropy, **options)
 
 
-class Scorer(nn.Module):
+class Scorer(Tuned):
     """A reward model or critic with its tuner: a backbone and a `ScoreHead` of C criteria."""
-
-    def __init__(self, tuner: Tuner) -> None:
-        super().__init__()
-        self.tuner = tuner
-        self.model = tuner.model
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return cast(torch.device, self.model.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, last_only: bool) -> Tensor:
         """(B, C) fp32 scores at each row's last token, or (B, T, C) at every token (what is not kept is unspecified).

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from fastrl.devices import usable_device
 from fastrl.folders import (
     adapter_base,
     check_files,
@@ -42,26 +43,6 @@ KINDS = {
     ),
 }
 TRAIN_ONE = "train one with `fastrl reward`"
-
-
-def default_device() -> str:
-    """cuda where there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The named device; `auto` is cuda where there is one, else cpu.
-
-    Raises:
-        ValueError: there is no such kind of device, or torch sees no GPU.
-    """
-    try:
-        found = torch.device(default_device() if device == "auto" else device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected cpu, got {found}: torch sees no GPU here; `fastrl doctor` says why")
-    return found
 
 
 def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
@@ -96,7 +77,7 @@ def load_policy(
     """Causal LM of a folder or hub id, in eval mode; an adapter folder is loaded and merged into
     its base.
 
-    `model.config._name_or_path` stays `path`, so that `checkpoint.save_merged_base` can tell
+    `model.config._name_or_path` stays `path`, so that `saving.save_merged_base` can tell
     a merged model.
     """
     path, device = _existing(path), usable_device(device)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastrl.devices import usable_device
+
 T = TypeVar("T")
 Items = TypeVar("Items", bound=Any)  # a sequence or a tensor
 
@@ -36,8 +38,7 @@ def join(device: str) -> str:
         ValueError: the device is not there.
     """
     global _state
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(usable_device(device))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastrl.data import pad, shuffled_batches
 from fastrl.models import last_token_scores, response_logprobs, token_scores
 from fastrl.ops import Advantages, AdvantageStats, PPOStats
-from fastrl.rollout import Trajectory
+from fastrl.rollout import Trajectory, make_trajectory
 from fastrl.run.distributed import gather, share, sum_over_ranks, unshare, world_size
 
 
@@ -51,15 +51,10 @@ def gather_rows(part: Trajectory, pad_id: int) -> Trajectory:
     ]
     prompt, response, ended = zip(*unshare(rows), strict=True)
     device = part.input_ids.device
-    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompt, pad_id, side="left"))
-    responses, response_mask = (x.to(device) for x in pad(response, pad_id, side="right"))
-    return Trajectory(
-        input_ids=torch.cat([prompt_ids, responses], dim=1),
-        attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
-        responses=responses,
-        response_mask=response_mask,
-        stopped=torch.tensor(ended, device=device),
+    whole = make_trajectory(
+        *pad(prompt, pad_id, side="left"), *pad(response, pad_id, side="right"), torch.tensor(ended)
     )
+    return Trajectory(*(tensor.to(device) for tensor in whole))
 
 
 def make_experience(trajectory: Trajectory, scored: ScoredTrajectory, shaped: Advantages) -> Experience:
