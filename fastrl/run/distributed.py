@@ -173,9 +173,7 @@ def announce(error: BaseException) -> None:
     if _state is None or isinstance(error, RankError):
         return
     with suppress(Exception):  # the store lives in another process, which may be gone
-        store = _store()
-        if store.add("fastrl/failures", 1) == 1:
-            store.set("fastrl/failure", json.dumps([rank(), _text(error)]))
+        _store().compare_set("fastrl/failure", "", json.dumps([rank(), _text(error)]))  # sets it if nobody has
 
 
 def is_told(error: BaseException) -> bool:
