@@ -63,6 +63,7 @@ def both(configs, tmp_path_factory):
         "exact bf16": ("sft, bf16", exact, {}),
         "exact reward": ("reward", exact, {}),
         "no targets": ("sft", exact, {"change": "no targets"}),
+        "packed": ("sft", {"packing": "balanced", "max_length": 32}, {}),
         "one row": ("sft", {**exact, "batch_size": 1}, {}),
         "one row of ppo": ("ppo", {"batch_size": 3, "minibatch_size": 1, "target_kl": None}, {}),
         "target_kl": ("ppo", {"target_kl": 1e-4, "learning_rate": 0.05, "epochs": 4}, {}),
@@ -116,7 +117,7 @@ def assert_same_run(one: Path, two: Path, loss: float = LOSS, weight: float = WE
         torch.testing.assert_close(got[name], value, atol=weight, rtol=weight, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", [*LOOPS, "packed"])
 def test_two_processes_equal_one(both, name):
     """Batches of 5 and 4 rows, in shares of 3 and 2: the same records and weights, and the same weights on both."""
     alone, seen, one, two = both(name)
