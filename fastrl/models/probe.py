@@ -25,6 +25,7 @@ from fastrl.models import final_hidden, response_logprobs
 from fastrl.models.decoding import NO_CACHE, evaluating, next_logits
 from fastrl.models.forward import as_scorer
 from fastrl.models.heads import base_model, lm_head, score_head
+from fastrl.models.packed_attention import attend_by_sequence
 from fastrl.models.weights import check_sizes
 
 LENGTH, SHORT, STEPS = 12, 6, 3  # tokens of the probe's two rows; decoded steps
@@ -36,19 +37,21 @@ NOT_OURS = (
     "the model does something that fastrl does not compute, so its log-probs would be wrong; choose another model"
 )
 NO_STEPS = "decoding with its cache gives other logits than reading the whole sequence"
-
 NOT_PACKED = "something of a sequence reaches the next one in its row; use --packing none"
 
 Result = TypeVar("Result")
 
 
 @torch.no_grad()
-def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
+def check_policy(model: Any, tokenizer: Any, path: str | Path, *, packed: bool = False) -> None:
     """Raise ValueError unless model and tokenizer fit and the fused log-probs are those of the model's own logits.
 
-    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so.
+    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so. With
+    `packed`, for rows of several sequences, it gets `attend_by_sequence`, and those must be as each is alone.
     """
     check_sizes(model, tokenizer, path)
+    if packed:
+        attend_by_sequence(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     with evaluating(model):
@@ -74,6 +77,8 @@ def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
         except ValueError as error:
             print(f"sampling without a cache, which is slower: {error}")
             setattr(base_model(model), NO_CACHE, True)
+    if packed:
+        check_packing(model, tokenizer, path)
 
 
 @torch.no_grad()

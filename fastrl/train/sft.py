@@ -24,7 +24,7 @@ from fastrl.data.packing import PACKINGS, arrange, packed_batch
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer
-from fastrl.models.probe import check_packing, check_policy
+from fastrl.models.probe import check_policy
 from fastrl.models.saving import save_model
 from fastrl.rollout import decode_responses, rollout
 from fastrl.run.config import checked, option
@@ -120,9 +120,7 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model)
     record_template(tokenizer, cfg.template, teach=True)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=run.device)
-    check_policy(model, tokenizer, cfg.model)
-    if cfg.packing != "none":
-        check_packing(model, tokenizer, cfg.model)
+    check_policy(model, tokenizer, cfg.model, packed=cfg.packing != "none")
     check_context(model, cfg.max_length, "max_length")
     if cfg.samples > 0:
         check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
