@@ -92,8 +92,8 @@ def report_held_out(
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
-    layout = {"packing": cfg.packing, "max_length": cfg.max_length}
-    metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size, **layout)
+    pad_id, size = tokenizer.pad_token_id, cfg.micro_batch_size
+    metrics = evaluate(policy, held_out, pad_id, size, packing=cfg.packing, max_length=cfg.max_length)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     if is_main():
