@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastrl.run.checkpoint import checkpoints
-from fastrl.run.masters import round_masters, trained
+from fastrl.run.masters import restore, trained
 from fastrl.run.optim import Learner
 
 STATE_FILE = "training_state.pt"
@@ -45,10 +45,7 @@ def load_state(state_file: Path, settings: Any, learners: Sequence[Learner]) -> 
     state = torch.load(state_file, map_location="cpu", weights_only=True)
     parts = zip(learners, state["models"], state["optimizers"], state["schedules"], strict=True)
     for learner, weights, optimizer, schedule in parts:
-        with torch.no_grad():
-            for name, tensor in trained(learner.model):
-                tensor.copy_(weights[name])
-        round_masters(learner.model)
+        restore(learner.model, weights)
         learner.optimizer.load_state_dict(optimizer)
         learner.schedule.load_state_dict(schedule)
     return state["step"]

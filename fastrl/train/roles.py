@@ -14,11 +14,11 @@ from fastrl.models import (
     load_policy,
     load_scalar_model,
     load_tokenizer,
+    score_head,
     tune,
 )
 from fastrl.models.probe import check_policy, check_scalar
 from fastrl.models.saving import save_merged_base
-from fastrl.models.score_heads import check_one_criterion
 from fastrl.models.tuners import Full, TunerSettings
 from fastrl.rollout import Trajectory
 from fastrl.run.metrics import PhaseTimer
@@ -54,7 +54,9 @@ def load_roles(
     policy: Any = load_policy(policy_path, dtype=dtype, device=device)
     check_policy(policy, tokenizer, policy_path)
     critic: Any = load_scalar_model(reward_path, dtype=dtype, device=device)
-    check_one_criterion(critic, reward_path)
+    names = score_head(critic).names
+    if len(names) > 1:
+        raise ValueError(f"{reward_path}: expected a reward model with one score, got criteria: {', '.join(names)}")
     check_scalar(critic, tokenizer, reward_path)
     for model in (policy, critic):
         check_tuner(model, tuner)
