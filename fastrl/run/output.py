@@ -19,7 +19,7 @@ from fastrl.run.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
 SAMPLES = "samples.jsonl"
-PARTS = ("checkpoints", "base", "critic")  # folders that runs write into their output
+PARTS = ("checkpoints", "base", "critic", "best")  # folders that runs write into their output
 MARK = ".put_aside"
 DISK_ERRORS = ("(os error ", "inline_container", "PytorchStreamWriter")  # of Rust's libraries, and of torch.save
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastrl.data import pad, shuffled_batches
 from fastrl.models import last_token_scores, response_logprobs, token_scores
-from fastrl.ops import Advantages, AdvantageStats, PPOStats
+from fastrl.ops import Advantages, PPOStats
 from fastrl.rollout import Trajectory, make_trajectory
 from fastrl.run.distributed import gather, share, sum_over_ranks, unshare, world_size
 
@@ -33,6 +33,7 @@ class Experience(NamedTuple):
     attention_mask: Tensor  # (B, P + R) bool
     response_mask: Tensor  # (B, R) bool
     old_logprobs: Tensor  # (B, R)
+    ref_logprobs: Tensor  # (B, R)
     old_values: Tensor  # (B, R)
     advantages: Tensor  # (B, R)
     returns: Tensor  # (B, R)
@@ -64,6 +65,7 @@ def make_experience(trajectory: Trajectory, scored: ScoredTrajectory, shaped: Ad
         attention_mask=trajectory.attention_mask,
         response_mask=trajectory.response_mask,
         old_logprobs=scored.logprobs,
+        ref_logprobs=scored.ref_logprobs,
         old_values=scored.values,
         advantages=shaped.advantages,
         returns=shaped.returns,
@@ -176,15 +178,3 @@ def merge_stats(parts: Sequence[PPOStats]) -> PPOStats:
     tokens = table[:, 0]
     means = PPOStats(*(table * (tokens / tokens.sum())[:, None]).sum(0))
     return means._replace(tokens=tokens.sum(), ratio_max=torch.stack([x.ratio_max for x in parts]).max())
-
-
-def summarise(trajectory: Trajectory, stats: AdvantageStats, estimator: str) -> dict[str, Any]:
-    """Means over responses: score, reward = score - KL penalty, KL by the named estimator, length, share stopped."""
-    return {
-        "score": float(stats.score_mean),
-        "reward": float(stats.reward_sum_mean),
-        f"kl_{estimator}": float(stats.kl_sum_mean),
-        f"kl_{estimator}_per_token": float(stats.kl_mean),
-        "response_tokens": float(stats.tokens / stats.sequences),
-        "stopped": float(trajectory.stopped.float().mean()),
-    }

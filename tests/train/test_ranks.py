@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from loops import LOOPS, reported, tiny_run
+from loops import LOOPS, everything, reported, tiny_run
 from safetensors.torch import load_file
 
 from fastrl import cli
@@ -44,6 +44,8 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
             cfg = replace(cfg, iterations=2, eval_every=1, target_kl=0.05, no_stop_score=-1.0, device="cpu")
         else:
             cfg = replace(cfg, eval_every=2, save_every=2, device="cpu")
+        if kind == "everything":
+            cfg = everything(cfg)
         if kind == "bf16":
             cfg = replace(cfg, lora_rank=0, dtype="bfloat16")
         return replace(cfg, **changes)
@@ -67,6 +69,7 @@ def both(configs, tmp_path_factory):
         "criteria": ("reward", criteria, {}),
         "no targets": ("sft", exact, {"change": "no targets"}),
         "one row": ("sft", {**exact, "batch_size": 1}, {}),
+        "everything": ("ppo, everything", {}, {}),
         "one row of ppo": ("ppo", {"batch_size": 3, "minibatch_size": 1, "target_kl": None}, {}),
         "target_kl": ("ppo", {"target_kl": 1e-4, "learning_rate": 0.05, "epochs": 4}, {}),
         "nan": ("sft", {"save_every": 1, "micro_batch_size": 3}, {"change": "nan"}),
@@ -143,6 +146,18 @@ def test_two_processes_equal_one(both, name):
     tolerance = {"loss": 1e-4} if "ppo" in name else {}
     assert_same_run(one, two, **tolerance)
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+
+
+def test_two_processes_equal_one_with_all_that_ppo_has(both):
+    """pitfalls 32 and 34: one loss, whatever the ranks, and a reference that the policy leaves on each; with adaptive
+    KL in the loss, scores normalised over the run, PTX and the best policy."""
+    alone, seen, one, two = both("everything")
+    assert alone["error"] is None is seen[0]["error"] is seen[1]["error"]
+    assert seen[0]["hashes"] == seen[1]["hashes"] and len(seen[0]["hashes"]) == len(alone["hashes"]) > 0
+    assert_same_run(one, two, loss=1e-4)
+    assert any(name.startswith("best/") for name in weights(two))
+    last = [r for r in reported(str(two)) if r["kind"] == "train"][-1]
+    assert last["kl_k3"] > 0 and last["ptx_loss"] > 0 and last["kl_coef"] != 0.05
 
 
 @pytest.mark.parametrize("name", ["exact", "exact bf16", "exact reward", "no targets"])
