@@ -45,6 +45,11 @@ def everything(cfg: Any) -> Any:
     return replace(cfg, **penalty, **scores, **loss, keep_best=True)
 
 
+def brevity(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward."""
+    return [-float(len(response)) for response in responses]
+
+
 def reported(folder: str, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The records of metrics.jsonl without times and memory, and without the metrics named."""
     unwanted = ("tokens_per_s", "peak_mem_gib", *without)
