@@ -45,6 +45,7 @@ def test_the_penalty_is_the_estimate_that_is_reported(estimator):
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_the_penalty_has_its_gradient_and_none_behind_the_mask(estimator):
+    """pitfall 9: NaN there changes nothing."""
     logprobs = torch.where(MASK, torch.linspace(-2, 0, 8, dtype=torch.float64).view(2, 4), math.nan).requires_grad_()
     ref_logprobs = torch.full_like(logprobs, -1.3).requires_grad_()
     penalty = kl_penalty(logprobs, ref_logprobs, MASK, estimator=estimator, denominator=7.0)

@@ -9,7 +9,7 @@ from fastrl.rlhf.shaping import add_scores, no_scores, normalized, shape_scores
 
 
 def test_running_moments_are_those_of_all_scores():
-    """Whatever the batches; an empty one, one of one score, and scores far from 0."""
+    """pitfall 47: whatever the batches; an empty one, one of one score, and scores far from 0."""
     torch.manual_seed(0)
     batches = [1e4 + 3 * torch.randn(n) for n in (5, 1, 0, 17, 40)]
     moments = no_scores()

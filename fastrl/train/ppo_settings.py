@@ -30,12 +30,12 @@ class KLSettings:
     kl_estimator: str = option(
         "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
     )
-    kl_in: str = option("reward", "the penalty is part of the reward, or of the loss", choices=("reward", "loss"))
+    kl_in: str = option("reward", "the penalty is in the reward, or in the loss (k2 or k3)", choices=("reward", "loss"))
     kl_clip: float | None = option(None, "the KL of a token enters the reward clipped to +- this", above=0)
     kl_target: float | None = option(
         None, "nats per response to which kl_coef adapts; not set: kl_coef is fixed (target_kl ends updates)", above=0
     )
-    kl_horizon: int = option(10_000, "responses in which kl_coef can adapt by a fifth", at_least=1)
+    kl_horizon: int = option(10_000, "responses in which kl_coef can grow by a fifth", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Calla
 def everything(cfg: Any) -> Any:
     """PPO with all that has a state, data or a gradient of its own."""
     penalty = {"kl_target": 0.5, "kl_horizon": 10, "kl_in": "loss", "kl_estimator": "k3"}
-    scores = {"score_norm": True, "length_penalty": 0.1, "length_free": 2, "no_stop_score": -1.0}
+    scores = {"score_norm": True, "length_penalty": 0.1, "length_free": 2, "score_clip": 1.5}
     loss = {"ent_coef": 0.01, "dual_clip": 3.0, "ptx_data": cfg.data, "ptx_batch_size": 3, "ptx_max_length": 64}
     return replace(cfg, **penalty, **scores, **loss, keep_best=True)
 

@@ -153,6 +153,22 @@ def test_the_gradient_with_ptx_is_the_sum_of_both(build, size):
     torch.testing.assert_close(together, expected, atol=2e-6, rtol=1e-4)
 
 
+def test_adams_epsilon_is_torchs(build):
+    """pitfall 40: a first step is rate * g / (|g| + eps). TensorFlow adds eps before the correction of the bias, as if
+    it were eps / sqrt(1 - 0.999) here: give `adam_eps` 32 times the value for its first steps."""
+    cfg = build(adam_eps=1e-3, learning_rate=0.1, schedule="constant")
+    roles, *_ = ready(cfg)
+    learner, critic = ppo_update.make_learners(roles, cfg)
+    gradients = [torch.randn_like(p) * 1e-3 for p in trained(roles.policy)]
+    before = [p.detach().clone() for p in trained(roles.policy)]
+    for parameter, gradient_of in zip(trained(roles.policy), gradients, strict=True):
+        parameter.grad = gradient_of.clone()
+    learner.optimizer.step()
+    for parameter, start, g in zip(trained(roles.policy), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), start - 0.1 * g / (g.abs() + 1e-3), atol=1e-5, rtol=1e-4)
+    assert [group["eps"] for group in critic.optimizer.param_groups] == [1e-3]
+
+
 # --- what iterations hand on
 
 
