@@ -25,7 +25,16 @@ from fastrl.models.loading import (
     quiet_transformers,
     start_scalar_model,
 )
-from fastrl.models.tuners import TUNERS, LoRASettings, Tuner, add_lora, check_tuner, saves_adapter, tune
+from fastrl.models.tuners import (
+    TUNERS,
+    LoRASettings,
+    Tuner,
+    add_lora,
+    check_tuner,
+    describe,
+    saves_adapter,
+    tune,
+)
 
 __all__ = [
     "TUNERS",
@@ -43,6 +52,7 @@ __all__ = [
     "check_tuner",
     "context_length",
     "default_device",
+    "describe",
     "final_hidden",
     "is_adapter",
     "last_token_scores",

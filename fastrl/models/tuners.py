@@ -2,13 +2,15 @@
 
     policy = Policy(tune(model, settings))
 
-`full` trains every weight; `lora` puts PEFT's adapters, on fastrl's fused layers, on a frozen model.
+`full` trains every weight; `bitfit` the biases and norms that there are; `lora` puts PEFT's adapters, on fastrl's fused
+layers, on a frozen model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from difflib import get_close_matches
 from typing import Any, NamedTuple, Protocol
 
 import peft
@@ -113,6 +115,14 @@ def lora(model: transformers.PreTrainedModel, settings: TunerSettings, keep_load
     return Adapter(add_lora(model, lora_settings(settings)))
 
 
+def bitfit(model: transformers.PreTrainedModel, settings: TunerSettings, keep_loaded: bool) -> Tuner:
+    """The biases and norms that the model has are trained, after Ben Zaken et al. 2022; none are added, so that an
+    ordinary model is saved. A Llama has no biases: its norms alone are trained, as in Zhao et al. 2023.
+    """
+    train_only(model, biases_and_norms(model))
+    return Full(model, keep_loaded)
+
+
 class Method(NamedTuple):
     """What there is to know of a tuner before it is made."""
 
@@ -125,8 +135,18 @@ def nothing_to_check(model: nn.Module, settings: TunerSettings) -> None:
     """Any model will do."""
 
 
+def check_bitfit(model: nn.Module, settings: TunerSettings) -> None:
+    """Raise ValueError if the model has neither biases nor norms with weights."""
+    if not biases_and_norms(model):
+        raise ValueError(
+            f"tuner: expected another than bitfit for {type(model).__name__}, which has neither biases nor norms with"
+            " weights; take lora or full"
+        )
+
+
 TUNERS = {
     "full": Method(full, nothing_to_check, saves_adapter=False),
+    "bitfit": Method(bitfit, check_bitfit, saves_adapter=False),
     "lora": Method(lora, lambda model, settings: check_lora(model, lora_settings(settings)), saves_adapter=True),
 }
 
@@ -139,7 +159,9 @@ def tuner_name(settings: TunerSettings) -> str:
     """
     name = settings.tuner
     if name not in TUNERS:
-        raise ValueError(f"tuner: expected one of {', '.join(TUNERS)}, got {name!r}")
+        nearest = get_close_matches(name.lower(), TUNERS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"tuner: expected one of {', '.join(TUNERS)}, got {name!r}{hint}")
     return "full" if name == "lora" and settings.lora_rank == 0 else name
 
 
@@ -149,7 +171,7 @@ def saves_adapter(settings: TunerSettings) -> bool:
 
 
 def check_tuner(model: nn.Module, settings: TunerSettings) -> None:
-    """Raise ValueError if `tune` would: an unknown tuner, or targets that name no layer of the model."""
+    """Raise ValueError if `tune` would: an unknown tuner, or one that does not fit the model or other settings."""
     TUNERS[tuner_name(settings)].check(model, settings)
 
 
@@ -166,6 +188,26 @@ def tune(model: transformers.PreTrainedModel, settings: TunerSettings, *, keep_l
     if getattr(settings, "gradient_checkpointing", False):
         base_model(tuner.model).gradient_checkpointing_enable({"use_reentrant": False})
     return tuner
+
+
+def describe(model: nn.Module, settings: TunerSettings) -> str:
+    """What is trained of a tuned model, for people."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"tuner {tuner_name(settings)}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
+def train_only(model: nn.Module, names: Collection[str]) -> None:
+    """Train the parameters of these names, and the score head of a reward model, and freeze the others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names or name.startswith("score."))
+
+
+def biases_and_norms(model: nn.Module) -> list[str]:
+    """Names of all biases, and of all parameters of the layers that are called norms."""
+    norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    places = ((name, *name.rpartition(".")[::2]) for name, _ in model.named_parameters())
+    return [name for name, layer, leaf in places if leaf == "bias" or layer in norms]
 
 
 class LoRASettings(NamedTuple):

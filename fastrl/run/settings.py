@@ -57,7 +57,7 @@ class OptimSettings:
 class TunerSettings:
     """Tuner"""
 
-    tuner: str = option("lora", "what is trained: lora (adapters), or full (every weight)")
+    tuner: str = option("lora", "what is trained: lora (adapters), full (every weight), or bitfit (biases and norms)")
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning", at_least=0)
     lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")

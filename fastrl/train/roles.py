@@ -11,6 +11,7 @@ from fastrl.models import (
     Policy,
     Scorer,
     check_tuner,
+    describe,
     load_policy,
     load_scalar_model,
     load_tokenizer,
@@ -74,7 +75,10 @@ def tune_roles(roles: Roles, settings: TunerSettings) -> Roles:
     torch's global generator.
     """
     policy, critic = (tune(model, settings, keep_loaded=True) for model in (roles.policy.model, roles.critic.model))
-    return Roles(Policy(policy).eval(), Scorer(critic).eval())
+    roles = Roles(Policy(policy).eval(), Scorer(critic).eval())
+    for name, role in zip(Roles._fields, roles, strict=True):
+        print(f"{name}: {describe(role, settings)}")
+    return roles
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from families import randomised, tiny_config
 from loops import LOOPS, tiny_run
 
 from fastrl.data import Preference
@@ -162,13 +163,47 @@ def test_settings_reach_the_adapter(tiny_policy):
     assert tune(load_policy(tiny_policy), settings(lora_alpha=3)).model.peft_config["default"].lora_alpha == 3
 
 
-def test_an_unknown_tuner_names_the_known_ones(tiny_policy):
+def test_an_unknown_tuner_names_the_known_ones_and_the_nearest(tiny_policy):
     model = load_policy(tiny_policy)
     for function in (tune, check_tuner):
-        with pytest.raises(ValueError, match=f"tuner: expected one of {', '.join(TUNERS)}, got 'qlora'"):
-            function(model, settings("qlora"))
+        for name, nearest in (("qlora", "lora"), ("BitFit", "bitfit")):
+            known = f"tuner: expected one of {', '.join(TUNERS)}, got '{name}'; did you mean {nearest}\\?"
+            with pytest.raises(ValueError, match=known):
+                function(model, settings(name))
     with pytest.raises(ValueError, match="lora_targets: .*q_proj.*, got 'query'"):
         check_tuner(model, settings(lora_targets="query"))
+
+
+@pytest.mark.parametrize("family, biases", [("Llama", 0), ("Qwen2", 4 * 3), ("GPT2", 4 * 6 + 1)])
+def test_bitfit_trains_the_norms_and_biases_that_there_are(family, biases):
+    """A Qwen2 has biases on q, k and v of its four layers, a GPT-2 on its four products and on its norms."""
+    model = randomised(tiny_config(getattr(transformers, f"{family}Config")))
+    names = trained(tune(model, settings("bitfit")).model)
+    assert sum(name.endswith(".bias") for name in names) == biases
+    norms = [name for name in names if name.endswith(".weight")]
+    assert len(norms) == 4 * 2 + 1 and all("norm" in name or ".ln_" in name for name in norms)
+
+
+def test_bitfit_is_refused_where_it_would_train_nothing():
+    with pytest.raises(ValueError, match="tuner: expected another than bitfit for Linear, which has neither"):
+        check_tuner(torch.nn.Linear(2, 2, bias=False), settings("bitfit"))
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_a_tuner_learns_answers_by_heart(tiny_policy, name):
+    """Each of the answers' tokens becomes the most probable one; how sure of it the frozen random head can be is
+    another matter."""
+    policy = Policy(tune(copy.deepcopy(load_policy(tiny_policy)), settings(name)))
+    optimizer = torch.optim.Adam((p for p in policy.parameters() if p.requires_grad), lr=0.03)
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        losses.append(policy(IDS, ATTENDED, MASK, denominator=MASK.sum()))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 5 > 1.5 > losses[-1]
+    guesses = lm_head(policy.model).logits(policy.tuner.hidden(IDS, ATTENDED)).argmax(-1)
+    assert torch.equal(guesses[:, -4:-1][MASK], IDS[:, -3:][MASK])
 
 
 @pytest.mark.parametrize("name", TUNERS)
