@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastrl.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from fastrl.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights, read_json, reading
 from fastrl.models.heads import SCORE, decoder
 
 FORMAT = "FASTRL_BOTTLENECK"  # stands in the place of PEFT's peft_type
@@ -104,10 +104,12 @@ def load_bottlenecks(base: Any, path: str) -> Any:
     """The base with the adapters of a folder, in place, in eval mode.
 
     Raises:
+        FileNotFoundError: there is no safetensors file.
         ValueError: they are of another base.
     """
-    config, weights = read_json(Path(path) / ADAPTER_CONFIG), load_file(Path(path) / ADAPTER_WEIGHTS)
-    add_bottlenecks(base, config["adapter_size"], config["adapter_places"])
+    config, weights = read_json(Path(path) / ADAPTER_CONFIG), load_file(adapter_weights(path))
+    with reading(path):
+        add_bottlenecks(base, config["adapter_size"], config["adapter_places"])
     _fill(base, {name.removeprefix(PREFIX): x for name, x in weights.items()}, path)
     return base.eval()
 

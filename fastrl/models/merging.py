@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastrl.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_base, is_adapter, read_json, reading
+from fastrl.folders import ADAPTER_CONFIG, adapter_base, adapter_weights, is_adapter, read_json, reading
 from fastrl.models.bottleneck import FORMAT as BOTTLENECK
 from fastrl.models.virtual_tuning import GOES_ON as VIRTUAL
 
@@ -38,9 +38,7 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
         ValueError: the adapter cannot be merged, is of another base, or the merged model's outputs on a few tokens
             differ from the adapter's by more than rounding.
     """
-    file = Path(path) / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
+    file = adapter_weights(path)
     with reading(path):
         config = peft.PeftConfig.from_pretrained(path)
     _check_kind(config, base, path)

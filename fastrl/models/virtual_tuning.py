@@ -11,6 +11,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastrl.folders import adapter_weights, reading
 from fastrl.models.heads import SCORE, base_model, decoder, lm_head
 from fastrl.models.hidden import final_hidden
 from fastrl.models.virtual import virtual_tokens
@@ -40,10 +41,20 @@ def add_virtual_tokens(model: Any, kind: str, count: int) -> peft.PeftModel:
 
 
 def load_virtual_tokens(base: Any, path: str) -> peft.PeftModel:
-    """PEFT's model of a folder, its virtual tokens as they were saved, in eval mode; nothing of it is trained yet."""
-    config: Any = peft.PeftConfig.from_pretrained(path)
-    config.base_model_name_or_path = base.name_or_path  # where it was found
-    return peft.PeftModel.from_pretrained(base, path, config=config).eval()
+    """PEFT's model of a folder, its virtual tokens as they were saved, in eval mode; nothing of it is trained yet.
+
+    Raises:
+        FileNotFoundError: there is no safetensors file.
+        ValueError: the virtual tokens are of another base.
+    """
+    adapter_weights(path)
+    with reading(path), torch.no_grad():
+        config: Any = peft.PeftConfig.from_pretrained(path)
+        config.base_model_name_or_path = base.name_or_path  # where it was found
+        model = peft.PeftModel.from_pretrained(base, path, config=config).eval()
+        text = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+        final_hidden(model, text, torch.ones_like(text))
+    return model
 
 
 def train_virtual_tokens(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from fastrl.models import (
     TUNERS,
     Policy,
     Scorer,
+    adapter_base,
     check_context,
     check_tuner,
     context_length,
@@ -39,7 +40,7 @@ from fastrl.models import (
 )
 from fastrl.models.decoding import next_logits
 from fastrl.models.heads import lm_head
-from fastrl.models.saving import save_model
+from fastrl.models.saving import save_merged_base, save_model
 from fastrl.models.tuners import VIRTUAL, Full
 from fastrl.rollout import Trajectory, rollout
 from fastrl.train import experience
@@ -354,17 +355,40 @@ def test_virtual_tokens_fit_a_family(family):
         check_tuner(model, settings(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNERS)
-def test_a_tuner_goes_from_sft_to_ppo(name, tiny_policy, tiny_scalar, tmp_path, capsys):
-    """The reference is the SFT model: no KL before the first step, some after it."""
-    main, cfg = tiny_run(f"sft, {name}", tmp_path, tiny_policy, tiny_scalar)
-    main(dataclasses.replace(cfg, max_steps=2, output=str(tmp_path / "sft")))
-    assert f"tuner {name}: " in capsys.readouterr().out
-    main, cfg = tiny_run(f"ppo, {GOES_ON.get(name, name)}", tmp_path, tmp_path / "sft", tiny_scalar)
+def test_a_tuner_goes_through_all_loops(name, tiny_policy, tmp_path, capsys):
+    """PPO starts from what SFT and the reward loop made, adapters that cannot be merged included: the KL to the
+    reference, which is the SFT model, is 0 before the first step and not after it."""
+    for loop in ("sft", "reward"):
+        main, cfg = tiny_run(f"{loop}, {name}", tmp_path, tiny_policy, tiny_policy)
+        main(dataclasses.replace(cfg, max_steps=2, output=str(tmp_path / loop)))
+        assert f"tuner {name}: " in capsys.readouterr().out
+    main, cfg = tiny_run(f"ppo, {GOES_ON.get(name, name)}", tmp_path, tmp_path / "sft", tmp_path / "reward")
     main(dataclasses.replace(cfg, iterations=1, learning_rate=0.01))
     assert "policy: tuner" in (out := capsys.readouterr().out) and "critic: tuner" in out
     first, *_, last = [r["kl_k1"] for r in reported(cfg.output) if r["kind"] == "eval"]
     assert first == 0 != last
+    load_policy(cfg.output)
+    load_scalar_model(f"{cfg.output}/critic")
+
+
+@pytest.mark.parametrize("name", [name for name, method in TUNERS.items() if method.saves_adapter])
+def test_an_adapter_on_a_merged_base_names_that_one(name, tiny_policy, tmp_path):
+    tokenizer = load_tokenizer(tiny_policy)
+    model = tune(copy.deepcopy(load_policy(tiny_policy)), settings("lora")).model
+    train(Policy(Full(model)), logprobs)
+    save_model(model, tokenizer, tmp_path / "first")
+    second = load_policy(tmp_path / "first")
+    save_merged_base(second, tokenizer, tmp_path / "second")
+    tuned = Policy(tune(second, settings(name)))
+    train(tuned, logprobs)
+    save_model(tuned.model, tokenizer, tmp_path / "second")
+    assert adapter_base(tmp_path / "second") == str((tmp_path / "second/base").resolve())
+    tuner = tune(load_policy(tmp_path / "second"), settings(GOES_ON.get(name, name)))
+    with torch.no_grad():
+        for output, expected in zip(logprobs(Policy(tuner)), logprobs(tuned), strict=True):
+            torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
