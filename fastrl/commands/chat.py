@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,15 +71,17 @@ def reply(
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    output = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=stop_token_ids,
-        pad_token_id=stop_token_ids[0],
-        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )[0, len(prompt_ids) :].tolist()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT, of virtual tokens
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=options.max_new_tokens,
+            eos_token_id=stop_token_ids,
+            pad_token_id=stop_token_ids[0],
+            streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )[0, len(prompt_ids) :].tolist()
     if output and output[-1] in stop_token_ids:
         output.pop()
     return tokenizer.decode(output, skip_special_tokens=True).strip()
@@ -120,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastrl chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id; an adapter folder is merged into its base")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or hub id; an adapter folder is merged into its base, if it can be"
+    )
     parser.add_argument("--template", default="auto", choices=TEMPLATES, help="auto: the chat template, else Alpaca")
     parser.add_argument("--system", default="", help="system message that opens the conversation")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.models.heads import decoder
+from fastrl.models.virtual import with_virtual_tokens
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -28,7 +29,8 @@ def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed.
 
     Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
-    their hidden states are moved back. What a position that is not kept returns is unspecified.
+    their hidden states are moved back. What a position that is not kept returns is unspecified. Virtual tokens of the
+    model stand before every row; their hidden states are taken off.
     """
     backbone: Any = decoder(model)
     lengths = attention_mask.sum(-1)
@@ -39,6 +41,6 @@ def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     inputs = {"input_ids": compact}
     if "position_ids" in arguments(type(backbone).forward):
         inputs["position_ids"] = columns.expand_as(compact)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    hidden = backbone(**with_virtual_tokens(model, inputs), use_cache=False).last_hidden_state[:, -width:]
     places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, places)

@@ -43,9 +43,11 @@ Result = TypeVar("Result")
 def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError unless model and tokenizer fit and the fused log-probs are those of the model's own logits.
 
-    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so.
+    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so. Virtual
+    tokens are left out: `check_tuner` tries them.
     """
     check_sizes(model, tokenizer, path)
+    model = base_model(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     with evaluating(model):
@@ -77,6 +79,7 @@ def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
 def check_scalar(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError unless model and tokenizer fit and the scores are those of transformers' own classifier."""
     check_sizes(model, tokenizer, path)
+    model = base_model(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     every = torch.ones_like(ids).bool()

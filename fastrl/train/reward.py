@@ -168,7 +168,7 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
     pad_apart(tokenizer, cfg.template)
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
-    check_context(model, cfg.max_length, "max_length")
+    check_context(model, cfg.max_length, "max_length", cfg)
     check_tuner(model, cfg)
 
     # 3 tuner, optimizer, schedule, batches

@@ -104,9 +104,9 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
     record_template(tokenizer, cfg.template, teach=True)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=run.device)
     check_policy(model, tokenizer, cfg.model)
-    check_context(model, cfg.max_length, "max_length")
+    check_context(model, cfg.max_length, "max_length", cfg)
     if cfg.samples > 0:
-        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
+        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1", cfg)
     check_tuner(model, cfg)
 
     # 2 data
