@@ -102,10 +102,12 @@ def report_held_out(
     run.report(metrics, "eval")
     remaining = iter(scores.tolist())
     for preference in held_out[: cfg.samples]:
-        run.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
+        prompt = tokenizer.decode(preference.prompt_ids)
+        run.print(f"  prompt: {prompt!r}")
         for rank, response in zip(preference.ranks, preference.responses, strict=True):
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            run.print(f"  score {next(remaining):+.3f} (rank {rank}): {text!r}")
+            text, score = tokenizer.decode(response, skip_special_tokens=True), next(remaining)
+            run.samples([{"prompt": prompt, "response": text, "rank": rank, "score": score}])
+            run.print(f"  score {score:+.3f} (rank {rank}): {text!r}")
     return metrics
 
 

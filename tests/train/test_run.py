@@ -137,7 +137,7 @@ def test_a_second_run_in_the_folder_is_refused(sft_loop, monkeypatch, capsys):
         seen.append(sorted(p.name for p in Path(cfg.output).iterdir()))
 
     main(cfg, at(3, second))
-    assert seen == [["checkpoints", "metrics.jsonl", "run.lock"]]
+    assert seen == [["checkpoints", "metrics.jsonl", "run.json", "run.lock", "samples.jsonl"]]
     assert [r["step"] for r in reported(cfg.output) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     main(cfg, at(3, lambda: None))  # the earlier run is put aside, the lock goes with the new one
     assert not Path(cfg.output, lock.LOCK).exists() and not Path(f"{cfg.output}.previous", lock.LOCK).exists()
