@@ -63,7 +63,7 @@ def test_help_and_version_need_no_heavy_import():
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == cli.main([]) == 0
     text = capsys.readouterr().out
-    for command in "demo sft reward ppo bench doctor chat export".split():
+    for command in "demo sft reward ppo run report bench doctor chat export".split():
         assert f"\n  {command} " in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from fastrl.run.output import LOG, SAMPLES
 from fastrl.run.record import read_record
 
 POINTS = 150  # of a curve
+PERCENT = ("accuracy", "stopped", "clipfrac", "vf_clipfrac", "token_accuracy")
 Curves = dict[str, tuple[list[float], list[float]]]  # {name: (steps, values)}
 
 
@@ -27,6 +29,20 @@ class RunFiles(NamedTuple):
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.metrics if record.get("kind") == kind]
+
+
+class ScoreChange(NamedTuple):
+    """(mean, its standard error) of scores, of their paired changes, and the share of prompts with a higher one."""
+
+    count: int
+    before: tuple[float, float]
+    after: tuple[float, float]
+    change: tuple[float, float]
+    risen: float
+
+    @staticmethod
+    def text(value: tuple[float, float]) -> str:
+        return f"{value[0]:.3f} ± {value[1]:.3f}"
 
 
 def read_run(folder: str | Path) -> RunFiles:
@@ -100,6 +116,57 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 def is_time(name: str) -> bool:
     return name.startswith("time_") and name.endswith("_s")
+
+
+def highlights(run: RunFiles) -> list[str]:
+    """Held-out loss, accuracy or score, from the first to the last evaluation."""
+    names = [name for name in ("eval_accuracy", "score", "eval_loss") if name in held_out(run)]
+    shown = {"score": "score of held-out answers"}
+    found = []
+    for name in names[:2]:
+        before, after = held_out(run)[name]
+        label = shown.get(name, "held-out " + name.removeprefix("eval_"))
+        found.append(f"{label} {number(before, name)} → {number(after, name)}")
+    return found
+
+
+def score_change(run: RunFiles) -> ScoreChange | None:
+    """How the scores of answers to the same held-out prompts changed from the first evaluation to the last; None where
+    fewer than two were scored, or the answers themselves are given (a reward model's).
+    """
+    steps = [record.get("step") for record in run.samples]
+    first, last = (
+        [r for r in run.samples if steps and r.get("step") == step] for step in (steps[:1] + steps[-1:]) or (0, 0)
+    )
+    pairs = [(numbers(a), numbers(b)) for a, b in zip(first, last, strict=False) if "rank" not in b]
+    scores = [(a["score"], b["score"]) for a, b in pairs if "score" in a and "score" in b]
+    if len(scores) < 2 or steps[0] == steps[-1]:
+        return None
+    before, after = zip(*scores, strict=True)
+    changes = [b - a for a, b in scores]
+    risen = sum(change > 0 for change in changes) / len(changes)
+    return ScoreChange(len(scores), _mean(before), _mean(after), _mean(changes), risen)
+
+
+def is_percent(metric: str) -> bool:
+    return metric.removeprefix("eval_").partition("/")[0] in PERCENT
+
+
+def number(value: float, name: str = "") -> str:
+    """A metric as text: shares in percent, four digits else."""
+    return f"{value:.1%}" if is_percent(name) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """1 h 3 min, 4 min 10 s, 12.3 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -13,10 +13,24 @@ from typing import Any
 from fastrl.run.output import REPORT
 from fastrl.run.record import RUN
 from fastrl.run.report import Html, bar_chart, details, line_chart, page, paragraph, preformatted, save_page, table
-from fastrl.run.runfiles import Curves, RunFiles, held_out, is_time, metric_curves, numbers, phases, read_run, state
+from fastrl.run.runfiles import (
+    Curves,
+    RunFiles,
+    duration,
+    held_out,
+    highlights,
+    is_percent,
+    is_time,
+    metric_curves,
+    number,
+    numbers,
+    phases,
+    read_run,
+    score_change,
+    state,
+)
 
 SHOWN_SAMPLES = 20
-PERCENT = ("accuracy", "stopped", "clipfrac", "vf_clipfrac", "token_accuracy")
 TITLES = {
     "loss": "Loss",
     "perplexity": "Perplexity",
@@ -54,6 +68,17 @@ def save_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     return save_page(path, page("Comparison", ", ".join(run.name for run in runs), blocks))
 
 
+def save_pipeline(folder: str | Path, stages: Sequence[str | Path]) -> Path:
+    """Write `report.html` of the stages into their pipeline's folder: what came of them first, then each in turn."""
+    runs = [read_run(stage) for stage in stages]
+    blocks = [("Stages", [_overview(runs), _before_and_after(runs)])]
+    for run in runs:
+        blocks += [(f"{run.name}: {heading.lower()}", found) for heading, found in sections(run)]
+    lines = [f"{run.name}: {', '.join(highlights(run)) or state(run)}" for run in runs]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return save_page(Path(folder) / REPORT, page(Path(folder).resolve().name, "; ".join(lines) + ".", blocks))
+
+
 def lead(run: RunFiles) -> str:
     """One sentence: what ran, how far it came, and what it did to the held-out data."""
     record, steps = run.record, [r["step"] for r in run.of_kind("train") if isinstance(r.get("step"), int)]
@@ -61,18 +86,6 @@ def lead(run: RunFiles) -> str:
     parts += [duration(record["seconds"])] if record.get("seconds") else []
     parts += [str(record["device"])] if record.get("device") else []
     return ", ".join(parts) + "".join(f"; {line}" for line in highlights(run)) + "."
-
-
-def highlights(run: RunFiles) -> list[str]:
-    """Held-out loss, accuracy or score, from the first to the last evaluation."""
-    names = [name for name in ("eval_accuracy", "score", "eval_loss") if name in held_out(run)]
-    shown = {"score": "score of held-out answers"}
-    found = []
-    for name in names[:2]:
-        before, after = held_out(run)[name]
-        label = shown.get(name, "held-out " + name.removeprefix("eval_"))
-        found.append(f"{label} {number(before, name)} → {number(after, name)}")
-    return found
 
 
 def sections(run: RunFiles) -> list[tuple[str, list[Html]]]:
@@ -160,23 +173,6 @@ def title(metric: str) -> str:
     return TITLES.get(metric.removeprefix("eval_"), metric)
 
 
-def is_percent(metric: str) -> bool:
-    return metric.removeprefix("eval_").partition("/")[0] in PERCENT
-
-
-def number(value: float, name: str = "") -> str:
-    """A metric as text: shares in percent, four digits else."""
-    return f"{value:.1%}" if is_percent(name) else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """1 h 3 min, 4 min 10 s, 12.3 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _held_out_table(run: RunFiles) -> list[Html]:
     values = held_out(run)
     rows = [[name, number(a, name), number(b, name)] for name, (a, b) in values.items() if name not in SPEED]
@@ -228,6 +224,21 @@ def _overview(runs: Sequence[RunFiles]) -> Html:
         for run in runs
     ]
     return table(["run", "loop", "state", "time", "folder"], rows)
+
+
+def _before_and_after(runs: Sequence[RunFiles]) -> Html:
+    """The held-out metrics that say whether a stage did what it is for, and the scores of its samples."""
+    rows: list[list[str]] = []
+    for run in runs:
+        for name, (before, after) in held_out(run).items():
+            if title(name.partition("/")[0]) != name.partition("/")[0]:
+                rows.append([run.name, name.removeprefix("eval_"), number(before, name), number(after, name)])
+        if change := score_change(run):
+            label = f"score of {change.count} answers to the same prompts, ± its standard error"
+            rows.append([run.name, label, change.text(change.before), change.text(change.after)])
+            label = f"change of the score ({change.risen:.0%} of the prompts have a higher one)"
+            rows.append([run.name, label, "", change.text(change.change)])
+    return table(["stage", "held out", "before", "after"], rows, numbers=(2, 3)) if rows else Html("")
 
 
 def _last_metrics(runs: Sequence[RunFiles]) -> Html:
