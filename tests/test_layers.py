@@ -68,8 +68,10 @@ def test_runs_know_nothing_of_models_ops_or_loops():
     assert not {(name, module) for name, module in found if module.split(".")[0] in above}
 
 
-def test_accelerate_is_known_to_one_module():
-    assert {name for name, module in all_imports() if module.split(".")[0] == "accelerate"} == {"run.distributed"}
+def test_accelerate_is_known_to_two_modules():
+    """One for the ranks, one for trackers."""
+    known = {name for name, module in all_imports() if module.split(".")[0] == "accelerate"}
+    assert known == {"run.distributed", "run.trackers"}
 
 
 def test_loops_are_run_by_the_demo_and_benches_alone():

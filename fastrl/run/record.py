@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.devices import device_name
+from fastrl.run.distributed import world_size
 from fastrl.run.resume import plain
 from fastrl.versions import versions
 
 RUN = "run.json"
 
 
-def write_begun(settings: Any, loop: str, *, steps: int, done: int, device: str, processes: int) -> None:
+def write_begun(settings: Any, loop: str, *, steps: int, done: int, device: str) -> None:
     """Write that a run of so many steps begins, or goes on after the `done` ones that an earlier process made."""
     before = read_record(settings.output) if done else {}
     record = {
@@ -27,7 +28,7 @@ def write_begun(settings: Any, loop: str, *, steps: int, done: int, device: str,
         "settings": plain(settings),
         "reads": {name: begun for name, folder in read_folders(settings).items() if (begun := begun_at(folder))},
         "device": device_name(device),
-        "processes": processes,
+        "processes": world_size(),
         "versions": versions(),
     }
     _write(Path(settings.output), record)

@@ -15,7 +15,7 @@ from fastrl.run.masters import round_masters, trained
 from fastrl.run.optim import Learner
 
 STATE_FILE = "training_state.pt"
-FREE = ("resume", "resume_changed", "output", "device")  # settings that may differ
+FREE = ("resume", "resume_changed", "output", "device", "tracker")  # settings that may differ
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

@@ -23,9 +23,10 @@ from fastrl.run.metrics import MetricsLog, append_lines, keep_lines, peak_memory
 from fastrl.run.optim import Learner, check_finite, optimizer_step
 from fastrl.run.output import SAMPLES, check_output, claim_output, writing
 from fastrl.run.record import write_begun, write_ended
-from fastrl.run.resume import load_state, newest_state, save_state, step_seed
+from fastrl.run.resume import load_state, newest_state, plain, save_state, step_seed
 from fastrl.run.signals import Interrupted, StopSignals
 from fastrl.run.summary import save_report
+from fastrl.run.trackers import Trackers, check_trackers
 
 T = TypeVar("T")
 
@@ -73,11 +74,13 @@ class Run:
         self._stack = ExitStack()
         self._signals = StopSignals()
         self._log: MetricsLog | None = None
+        self._trackers: Trackers | None = None
         self._learners: Sequence[Learner] = ()
         self._save: Callable[[Path], object] = lambda folder: None
         self._entered = self._began = self._reported = time.perf_counter()
 
     def __enter__(self) -> Run:
+        check_trackers(self.settings.tracker)
         self.device = distributed.join(self.settings.device)
         with ExitStack() as undo:
             undo.push(self._stack.__exit__)
@@ -116,13 +119,7 @@ class Run:
                 self.step = self.done = load_state(newest, self.settings, learners)
                 print(f"resume: going on after step {self.done} from {newest.parent}")
         if distributed.is_main():
-            with writing(self.output):
-                self._log = MetricsLog(self.output, total=total, title=self.title, done=self.done)
-                self._stack.enter_context(self._log)
-                if (self.output / SAMPLES).exists():
-                    keep_lines(self.output / SAMPLES, self.done or -1)
-                size = distributed.world_size()
-                write_begun(self.settings, self.title, steps=total, done=self.done, device=self.device, processes=size)
+            self._begin_log()
         self._signals.watch()
         self._stack.callback(self._signals.restore)
         self._reported = time.perf_counter()
@@ -187,6 +184,8 @@ class Run:
         if self._log is not None:
             with writing(self.output):
                 self._log.write(self.step, kind, **metrics)
+            if self._trackers:
+                self._trackers.log(self.step, kind, metrics)
             if self._sink:
                 self._sink(Record(self.title, self.step, self.total, kind, metrics))
 
@@ -227,6 +226,18 @@ class Run:
                 return function()
 
         return distributed.on_main(guarded)
+
+    def _begin_log(self) -> None:
+        """metrics.jsonl, run.json and trackers; what an earlier run left of later steps goes."""
+        with writing(self.output):
+            self._log = MetricsLog(self.output, total=self.total, title=self.title, done=self.done)
+            self._stack.enter_context(self._log)
+            if (self.output / SAMPLES).exists():
+                keep_lines(self.output / SAMPLES, self.done or -1)
+            write_begun(self.settings, self.title, steps=self.total, done=self.done, device=self.device)
+        if self.settings.tracker:
+            self._trackers = Trackers(self.settings.tracker, self.output, plain(self.settings))
+            self._stack.callback(self._trackers.finish)
 
     def _end(self, error: BaseException | None) -> None:
         """Say how the run ended, in its folder; a run that failed because that cannot be written fails with its own

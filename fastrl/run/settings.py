@@ -27,6 +27,7 @@ class RunSettings:
         "of weights and passes: float32 or bfloat16; steps are in float32 (18 bytes a trained weight in place of 16)",
         choices=("float32", "bfloat16"),
     )
+    tracker: str = option("", "told all metrics: tensorboard, wandb, trackio, mlflow, separated by commas; empty: none")
 
 
 @dataclass(frozen=True, kw_only=True)

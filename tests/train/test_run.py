@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastrl import cli
-from fastrl.run import lock
+from fastrl.run import lock, trackers
 from fastrl.run import run as runs
 from fastrl.run.output import writing
+from fastrl.run.record import read_record
 from fastrl.run.resume import newest_state
 from fastrl.train import ppo
 
@@ -141,6 +142,45 @@ def test_a_second_run_in_the_folder_is_refused(sft_loop, monkeypatch, capsys):
     assert [r["step"] for r in reported(cfg.output) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     main(cfg, at(3, lambda: None))  # the earlier run is put aside, the lock goes with the new one
     assert not Path(cfg.output, lock.LOCK).exists() and not Path(f"{cfg.output}.previous", lock.LOCK).exists()
+
+
+# --- what a run tells
+
+
+def test_a_run_tells_its_tracker_what_its_log_gets(sft_loop, monkeypatch):
+    main, cfg = sft_loop
+    told = []
+
+    class Tracker:
+        def __getattr__(self, method):
+            return lambda *arguments, **options: told.append((method, *arguments, *options.values()))
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(trackers, "start", lambda name, output: Tracker())
+    main(replace(cfg, tracker="wandb"))
+    steps = [step for method, *_, step in told[1:-1] if method == "log"]
+    assert (told[0][0], told[0][1]["seed"], told[-1]) == ("store_init_configuration", 0, ("finish",))
+    assert steps == [record["step"] for record in reported(cfg.output)]
+
+
+def test_a_tracker_that_is_missing_is_refused_before_anything_is_written(sft_loop):
+    main, cfg = sft_loop
+    with pytest.raises(ValueError, match="unknown tracker 'wand'; did you mean 'wandb'"):
+        main(replace(cfg, tracker="wand"))
+    assert not Path(cfg.output).exists()
+
+
+def test_run_json_says_what_ran_and_how_it_ended(sft_loop):
+    main, cfg = sft_loop
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg, at(3, send(signal.SIGTERM)))
+    stopped = read_record(cfg.output)
+    assert (stopped["state"], stopped["steps"], stopped["settings"]["learning_rate"]) == ("stopped", 6, 1e-3)
+    assert stopped["why"].startswith("stopped after step 3 of 6") and stopped["versions"]["torch"] == torch.__version__
+    main(replace(cfg, resume=True))
+    finished = read_record(cfg.output)
+    assert (finished["state"], finished["begun"]) == ("finished", stopped["begun"])
+    assert finished["seconds"] > stopped["seconds"] > 0
 
 
 # --- full disks
