@@ -133,6 +133,7 @@ class Run:
         for step in range(self.done + 1, self.total + 1):
             self._stop_if_asked()
             self.step = step
+            self.phase("train")
             self._began = self._reported = time.perf_counter()
             torch.manual_seed(step_seed(self.settings.seed, step, distributed.rank()))
             yield step
@@ -195,6 +196,11 @@ class Run:
             with writing(self.output):
                 append_lines(self.output / SAMPLES, [{"step": self.step, **record} for record in records])
 
+    def phase(self, name: str) -> None:
+        """Show beside the progress bar what the run does now: "evaluate", "sample", ..."""
+        if self._log is not None:
+            self._log.phase(name)
+
     def print(self, text: str) -> None:
         """A line that does not break the progress bar."""
         if self._log is not None:
@@ -210,6 +216,7 @@ class Run:
         def keep() -> None:
             newest = newest_state(self.output)
             if newest is None or newest.parent.name != f"step-{step:06d}":
+                self.phase("save")
                 save_checkpoint(write, self.output, step)
 
         self.write(keep)

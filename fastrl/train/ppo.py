@@ -135,6 +135,7 @@ def evaluate(
     run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
+    run.phase("evaluate")
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
     scored = score_samples(roles, trajectory, cfg)
     shaped = compute_advantages(scored, trajectory.response_mask, cfg)
@@ -193,7 +194,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
 
     run.begin(cfg.iterations, learners, save)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
-    timer = PhaseTimer(run.device)
+    timer = PhaseTimer(run.device, run.phase)
     metrics: dict[str, Any] = {}
     samples = run.write(lambda: keep_lines(Path(cfg.output) / SAMPLES, run.done or -1))
     before = [sample["response"] for sample in samples if sample["step"] == 0]

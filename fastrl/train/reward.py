@@ -96,6 +96,7 @@ def report_held_out(
     """Held-out loss and accuracy, and scored answers to the first few prompts; {} if none."""
     if not held_out:
         return {}
+    run.phase("evaluate")
     scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     metrics = ranking_metrics(scores, held_out)
     run.check_finite(metrics["eval_loss"])

@@ -78,6 +78,7 @@ def report_held_out(
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
+    run.phase("evaluate")
     metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 import signal
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,13 @@ from safetensors.torch import load_file
 from fastrl import cli
 from fastrl.run import lock, trackers
 from fastrl.run import run as runs
+from fastrl.run.metrics import MetricsLog, PhaseTimer
 from fastrl.run.output import writing
 from fastrl.run.record import read_record
 from fastrl.run.resume import newest_state
 from fastrl.train import ppo
+
+PPO_PHASES = {"train", "sample", "score", "logprobs", "advantages", "update", "evaluate", "save"}
 
 
 @pytest.fixture(params=["sft", "ppo"])
@@ -168,6 +173,38 @@ def test_a_tracker_that_is_missing_is_refused_before_anything_is_written(sft_loo
     with pytest.raises(ValueError, match="unknown tracker 'wand'; did you mean 'wandb'"):
         main(replace(cfg, tracker="wand"))
     assert not Path(cfg.output).exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_the_phase_and_the_time_that_is_left(tmp_path, monkeypatch):
+    """Steps of a second each, of which two are made: three are left, in the phase that runs."""
+    terminal, clock = Terminal(), [0.0]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with MetricsLog(tmp_path, total=5, title="ppo") as log:
+        log._bar._time = lambda: clock[0]
+        log._bar.start_t = log._bar.last_print_t = 0.0
+        timer = PhaseTimer("cpu", log.phase)
+        for step in (1, 2):
+            with timer.phase("sample"):
+                clock[0] += 1.0
+            log.write(step, loss=1.0)
+        with timer.phase("update"):
+            shown = terminal.getvalue().split("\r")[-1]
+    assert "ppo:  40%" in shown and "2/5 [00:02<00:03" in shown and shown.rstrip().endswith(", update]")
+    assert "sample]" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("name", "phases"), [("sft", {"train", "evaluate", "save"}), ("ppo", PPO_PHASES)])
+def test_loops_say_what_they_do_now(name, phases, tmp_path, tiny_policy, tiny_scalar, monkeypatch):
+    main, cfg = tiny_run(name, tmp_path, tiny_policy, tiny_scalar)
+    seen = set()
+    monkeypatch.setattr(MetricsLog, "phase", lambda self, phase: seen.add(phase))
+    main(replace(cfg, iterations=1) if name == "ppo" else replace(cfg, max_steps=2, save_every=1))
+    assert seen == phases
 
 
 def test_run_json_says_what_ran_and_how_it_ended(sft_loop):
