@@ -102,10 +102,10 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, value = argument.partition("=")
         if not key.startswith("--") or len(key) < 3:
             raise ValueError(f"run: expected --KEY VALUE or --STAGE.KEY VALUE, got '{argument}'")
-        value = value if equals else next(rest, None)
-        if value is None:
+        text = value if equals else next(rest, None)
+        if text is None:
             raise ValueError(f"run: {key}: expected a value after it")
-        found[key[2:].replace("-", "_")] = _value(value)
+        found[key[2:].replace("-", "_")] = _value(text)
     return found
 
 

@@ -30,11 +30,16 @@ class RunFiles(NamedTuple):
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.metrics if record.get("kind") == kind]
 
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A part of run.json that holds names and values; {} where there is none."""
+        found = self.record.get(name)
+        return found if isinstance(found, dict) else {}
+
 
 class ScoreChange(NamedTuple):
     """(mean, its standard error) of scores, of their paired changes, and the share of prompts with a higher one."""
 
-    count: int
+    answers: int
     before: tuple[float, float]
     after: tuple[float, float]
     change: tuple[float, float]
@@ -93,8 +98,10 @@ def metric_curves(records: Sequence[dict[str, Any]]) -> Curves:
     found: Curves = {}
     for record in records:
         values = numbers(record)
-        step = values.pop("step", None)
-        for name, value in values.items() if step is not None else ():
+        if "step" not in values:
+            continue
+        step = values.pop("step")
+        for name, value in values.items():
             steps, curve = found.setdefault(name, ([], []))
             steps.append(step)
             curve.append(value)

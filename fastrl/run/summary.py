@@ -110,9 +110,9 @@ def criteria(run: RunFiles) -> list[Html]:
         if slash:
             groups.setdefault(metric, {})[criterion] = values
     charts = []
-    for metric, values in groups.items():
-        series = {label: [pair[at] for pair in values.values()] for at, label in enumerate(("before", "after"))}
-        charts.append(bar_chart(f"{title(metric)}, held out", list(values), series, percent=is_percent(metric)))
+    for metric, pairs in groups.items():
+        series = {label: [pair[at] for pair in pairs.values()] for at, label in enumerate(("before", "after"))}
+        charts.append(bar_chart(f"{title(metric)}, held out", list(pairs), series, percent=is_percent(metric)))
     return charts
 
 
@@ -201,19 +201,12 @@ def _notnumbers(run: RunFiles) -> list[Html]:
 
 
 def _settings(run: RunFiles) -> list[Html]:
-    settings = run.record.get("settings")
-    if not isinstance(settings, dict):
-        return []
-    return [
-        details(
-            f"{len(settings)} settings", [table(["setting", "value"], [[k, _value(v)] for k, v in settings.items()])]
-        )
-    ]
+    rows = [[name, _value(value)] for name, value in run.mapping("settings").items()]
+    return [details(f"{len(rows)} settings", [table(["setting", "value"], rows)])] if rows else []
 
 
 def _versions(run: RunFiles) -> list[Html]:
-    versions = run.record.get("versions")
-    rows = [[name, found] for name, found in versions.items()] if isinstance(versions, dict) else []
+    rows = [[name, found] for name, found in run.mapping("versions").items()]
     rows += [[name, run.record[name]] for name in ("device", "processes", "begun", "ended") if name in run.record]
     return [table(["", ""], rows)] if rows else []
 
@@ -234,7 +227,7 @@ def _before_and_after(runs: Sequence[RunFiles]) -> Html:
             if title(name.partition("/")[0]) != name.partition("/")[0]:
                 rows.append([run.name, name.removeprefix("eval_"), number(before, name), number(after, name)])
         if change := score_change(run):
-            label = f"score of {change.count} answers to the same prompts, ± its standard error"
+            label = f"score of {change.answers} answers to the same prompts, ± its standard error"
             rows.append([run.name, label, change.text(change.before), change.text(change.after)])
             label = f"change of the score ({change.risen:.0%} of the prompts have a higher one)"
             rows.append([run.name, label, "", change.text(change.change)])
@@ -252,8 +245,7 @@ def _last_metrics(runs: Sequence[RunFiles]) -> Html:
 
 
 def _differences(runs: Sequence[RunFiles]) -> Html:
-    settings = [run.record.get("settings") or {} for run in runs]
-    versions = [run.record.get("versions") or {} for run in runs]
+    settings, versions = ([run.mapping(name) for run in runs] for name in ("settings", "versions"))
     rows = []
     for groups in (settings, versions):
         for name in dict.fromkeys(n for group in groups for n in group):
