@@ -145,7 +145,11 @@ def test_a_runs_report_tells_what_its_files_tell(tmp_path):
         assert text in document, text
     assert EVIL not in document and document.count("&lt;script&gt;") == 2
     assert phases(read_run(folder)) == {"sample": 2.0, "other steps": 3.0, "eval": 0.5}
-    assert held_out(read_run(folder))["eval_accuracy/helpful"] == (0.5, 0.75)
+    assert held_out(read_run(folder)) == {
+        "eval_loss": (2.0, 1.5),
+        "eval_accuracy/helpful": (0.5, 0.75),
+        "eval_accuracy/honest": (0.25, 0.5),
+    }
 
 
 def test_any_metrics_and_broken_files_make_a_report(tmp_path):

@@ -14,7 +14,7 @@ from fastrl.run.output import LOG, SAMPLES
 from fastrl.run.record import read_record
 
 POINTS = 150  # of a curve
-PERCENT = ("accuracy", "stopped", "clipfrac", "vf_clipfrac", "token_accuracy")
+PERCENT = ("accuracy", "token_accuracy", "stopped", "clip_frac", "vf_clip_frac")
 Curves = dict[str, tuple[list[float], list[float]]]  # {name: (steps, values)}
 
 
@@ -77,7 +77,7 @@ def held_out(run: RunFiles) -> dict[str, tuple[float, float]]:
     if not evaluations:
         return {}
     first, last = numbers(evaluations[0]), numbers(evaluations[-1])
-    return {name: (first[name], last[name]) for name in last if name in first and not is_time(name)}
+    return {name: (first[name], last[name]) for name in last if name in first and name != "step" and not is_time(name)}
 
 
 def phases(run: RunFiles) -> dict[str, float]:
