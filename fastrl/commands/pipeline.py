@@ -32,9 +32,9 @@ from fastrl.commands.stages import (
     recipes,
 )
 from fastrl.run import distributed
-from fastrl.run.output import check_output
+from fastrl.run.output import REPORT, check_output
 from fastrl.run.record import begun_at, read_folders, read_record
-from fastrl.run.resume import changed, newest_state, plain
+from fastrl.run.resume import changed, newest_state
 from fastrl.run.runfiles import duration, highlights, read_run
 from fastrl.run.signals import Interrupted
 from fastrl.run.summary import save_pipeline
@@ -113,8 +113,8 @@ def run(folder: Path, stages: Sequence[Stage], chosen: Sequence[tuple[str, str]]
         if distributed.is_main():
             done = read_run(stage.output)
             _say(f"   {'; '.join([*highlights(done), duration(done.record.get('seconds', 0.0))])}")
-            path = save_pipeline(folder, [one.output for one in stages[:number]])
-    _say(f"\nreport: {path}" if distributed.is_main() else "")
+            save_pipeline(folder, [one.output for one in stages[:number]])
+    _say(f"\nreport: {folder / REPORT}")
 
 
 def _choose(stage: Stage, trained: set[str], redo: bool) -> tuple[str, str, list[str]]:
@@ -125,7 +125,7 @@ def _choose(stage: Stage, trained: set[str], redo: bool) -> tuple[str, str, list
         return TRAIN, "not begun" if not record else "no checkpoint to go on from", []
     if not record:
         return SKIP, "", ["it has no run.json, so its settings are not known"]
-    changes = changed(record["settings"], plain(stage.settings)) + _changed_models(stage, record, trained)
+    changes = changed(record.get("settings") or {}, stage.settings) + _changed_models(stage, record, trained)
     if changes and redo:
         return TRAIN, f"again: {', '.join(changes)}", changes
     why = "finished" if finished else "interrupted"

@@ -62,7 +62,7 @@ def read_stages(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple
     Args:
         overrides: {"key" or "stage.key": value} in place of what the file has.
     Raises:
-        ValueError: unknown keys (with the nearest known one), values that do not fit, no stage.
+        ValueError: unknown keys (with the nearest known one), values that do not fit, no stage, one output for two.
     """
     loops = {name: _loop(name) for name, (_, config, _) in COMMANDS.items() if config}
     content = read_yaml(path)
@@ -87,6 +87,11 @@ def read_stages(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple
         values = {"output": str(folder / name), **content, **earlier}
         values = {key: value for key, value in values.items() if key in names} | part
         stages.append(Stage(name, main, from_mapping(config, values, f"{path}: {name}"), tuple(values)))
+    folders = [stage.output.resolve() for stage in stages]
+    if len(set(folders)) < len(folders):
+        raise ValueError(
+            f"{path}: output: expected a folder of its own for each stage, got {', '.join(map(str, folders))}"
+        )
     return folder, stages
 
 
@@ -145,7 +150,7 @@ def _loop(name: str) -> tuple[Callable[[Any], Any], type]:
 def _override(
     shared: dict[str, Any], parts: dict[str, dict[str, Any]], known: set[str], overrides: Mapping[str, Any]
 ) -> None:
-    """Put the overrides in their places; a shared one takes the place of the stages' own, but for `output`."""
+    """Put the overrides in their places; a shared one replaces the stages' own, but for `output` and `model`."""
     for key, value in overrides.items():
         stage, dot, name = key.partition(".")
         if dot:

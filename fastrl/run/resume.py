@@ -95,7 +95,7 @@ def check_settings(settings: Any, state_file: Path) -> list[str]:
         ValueError: they do, and `resume_changed` is not set.
     """
     before = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)["settings"]
-    changes = changed(before, plain(settings))
+    changes = changed(before, settings)
     if changes and not settings.resume_changed:
         raise ValueError(
             f"resume: settings: expected those of the run that wrote {state_file.parent}, got others:"
@@ -105,11 +105,15 @@ def check_settings(settings: Any, state_file: Path) -> list[str]:
     return changes
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs' settings, but for those that may: ["seed was 0, is 1", ...]."""
+def changed(before: Mapping[str, Any], settings: Any) -> list[str]:
+    """What the settings differ in from those of an earlier run, but for those that may: ["seed was 0, is 1", ...].
+
+    An option that the earlier run did not know has its default, with which it changes nothing.
+    """
+    now, defaults = plain(settings), {item.name: item.default for item in dataclasses.fields(settings)}
     names = sorted(name for name in before.keys() | now.keys() if name not in FREE)
-    differing = [name for name in names if before.get(name) != now.get(name)]
-    return [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing]
+    pairs = {name: (before.get(name, defaults.get(name)), now.get(name)) for name in names}
+    return [f"{name} was {was!r}, is {is_now!r}" for name, (was, is_now) in pairs.items() if was != is_now]
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -117,26 +117,24 @@ def criteria(run: RunFiles) -> list[Html]:
 
 
 def samples(run: RunFiles) -> list[Html]:
-    """Answers to the same held-out prompts at the first and the last evaluation."""
+    """Answers to the same held-out prompts at the first and the last evaluation; of a reward model its scores of the
+    same answers.
+    """
     steps = [record.get("step") for record in run.samples]
     if not steps:
         return []
-    before, after = (
+    first, last = (
         [record for record in run.samples if record.get("step") == step][:SHOWN_SAMPLES]
         for step in (steps[0], steps[-1])
     )
     if steps[0] == steps[-1]:
-        return [table(["prompt", "answer"], [[r.get("prompt", ""), _answer(r)] for r in after])]
-    rows = [
-        [
-            new.get("prompt", ""),
-            *([_ranked(new), _score(old), _score(new)] if "rank" in new else [_answer(old), _answer(new)]),
-        ]
-        for old, new in zip(before, after, strict=False)
-    ]
-    if any(len(row) == 4 for row in rows):
+        return [table(["prompt", "answer"], [[new.get("prompt", ""), _answer(new)] for new in last])]
+    pairs = list(zip(first, last, strict=False))
+    if all("rank" in new for new in last):
+        rows = [[new.get("prompt", ""), _ranked(new), _score(old), _score(new)] for old, new in pairs]
         return [table(["prompt", "answer (rank)", "score before", "score after"], rows, numbers=(2, 3))]
-    return [paragraph("Not chosen: the first held-out prompts."), table(["prompt", "before", "after"], rows)]
+    answers = [[new.get("prompt", ""), _answer(old), _answer(new)] for old, new in pairs]
+    return [paragraph("Not chosen: the first held-out prompts."), table(["prompt", "before", "after"], answers)]
 
 
 def curves(run: RunFiles) -> list[Html]:
@@ -151,7 +149,7 @@ def curves(run: RunFiles) -> list[Html]:
     drawn = {metric: _chart(metric, "step", charts[metric]) for metric in _ordered(charts)}
     telling = [chart for metric, chart in drawn.items() if metric.rstrip("/") in TITLES]
     others = [chart for metric, chart in drawn.items() if metric.rstrip("/") not in TITLES]
-    return telling + ([details(f"{len(others)} more metrics", others)] if others else []) + _notnumbers(run)
+    return telling + ([details(f"{len(others)} more metrics", others)] if others else []) + _not_numbers(run)
 
 
 def times(run: RunFiles) -> list[Html]:
@@ -192,7 +190,7 @@ def _ordered(metrics: Iterable[str]) -> list[str]:
     return sorted(kept, key=lambda metric: order.get(metric.rstrip("/"), len(order)))
 
 
-def _notnumbers(run: RunFiles) -> list[Html]:
+def _not_numbers(run: RunFiles) -> list[Html]:
     """What the last evaluation says in lists and texts."""
     last = (run.of_kind("eval") or [{}])[-1]
     others = {name: value for name, value in last.items() if name != "kind" and name not in numbers(last) and value}

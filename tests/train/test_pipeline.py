@@ -102,9 +102,16 @@ def test_the_report_tells_of_all_stages(trained):
         assert (trained / name / "report.html").exists()
 
 
-def test_finished_stages_are_skipped(again):
+def test_finished_stages_are_skipped(again, tmp_path):
     assert actions(again()) == [SKIP, SKIP, SKIP]
     assert actions(again(resume="true", device="auto")) == [SKIP, SKIP, SKIP]
+    file = tmp_path / "out/reward/run.json"
+    record = json.loads(file.read_text())
+    assert record["settings"].pop("center_coef") == 0.0  # an option that came later: its default changes nothing
+    file.write_text(json.dumps(record))
+    assert actions(again()) == [SKIP, SKIP, SKIP]
+    with pytest.raises(ValueError, match="center_coef was 0.0, is 0.5"):
+        plan(again(**{"reward.center_coef": 0.5}))
 
 
 def test_changed_settings_are_shown_and_refused_unless_told(again):
@@ -184,6 +191,7 @@ def test_all_settings_are_checked_before_the_first_stage_trains(source, tmp_path
         ("sft: 3\n", "sft: expected 'key: value' lines, got 3"),
         ("sfd:\n  data: x\nreward:\n  data: x\n", "unknown key 'sfd'; did you mean 'sft'?"),
         ("sft:\n  data: x\n", "sft: "),  # no model
+        ("output: o\nmodel: m\nsft: {data: x, output: a}\nreward: {data: x, output: a}\n", "a folder of its own"),
         ("- sft\n", "expected 'key: value' lines, got list"),
     ],
 )
