@@ -98,8 +98,9 @@ def check_packing(model: Any, tokenizer: Any, path: str | Path, settings: TunerS
         every = torch.ones_like(packed).bool()
         found = check.attempt("packing", lambda: final_hidden(model, packed, every, positions))
         spread, beside = first.float().std(-1).mean(), found[:, LENGTH:]
-        check.same("packing: states beside another neighbour", *beside, spread, NOT_PACKED, CAUSAL_TOLERANCE)
-        check.same("packing: states beside a neighbour", beside[0], second[-SHORT:], spread, NOT_PACKED)
+        one, other = beside[0], beside[1]
+        check.same("packing: states beside another neighbour", one, other, spread, NOT_PACKED, CAUSAL_TOLERANCE)
+        check.same("packing: states beside a neighbour", one, second[-SHORT:], spread, NOT_PACKED)
         check.same("packing: states of the first in a row", found[0, :LENGTH], first, spread, NOT_PACKED)
 
 

@@ -95,8 +95,8 @@ def report_held_out(
     if not held_out:
         return {}
     run.phase("evaluate")
-    layout = {"packing": cfg.packing, "max_length": cfg.max_length}
-    metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size, **layout)
+    size, pad_id = cfg.micro_batch_size, tokenizer.pad_token_id
+    metrics = evaluate(policy, held_out, pad_id, size, packing=cfg.packing, max_length=cfg.max_length)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     if is_main():
