@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from fastrl.models.heads import decoder
 from fastrl.models.packed_attention import NAME as PACKED_SDPA
 from fastrl.models.packed_attention import sequences_of
+from fastrl.models.virtual import virtual_tokens, with_virtual_tokens
+
+VIRTUAL_TOKENS = (
+    "packing: expected none with virtual tokens (prefix, prompt, p-tuning), which would stand before the first sequence"
+    " of a row alone; use --packing none"
+)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -32,20 +38,24 @@ def final_hidden(
     """(B, T, H) hidden states below the head, from the backbone alone; logits are never formed.
 
     Padding costs nothing, wherever it is: kept tokens are moved to the left, where a causal model needs no mask, and
-    their hidden states are moved back. What a position that is not kept returns is unspecified.
+    their hidden states are moved back. What a position that is not kept returns is unspecified. Virtual tokens of the
+    model stand before every row; their hidden states are taken off.
 
     With `packed_positions` (B, T) a row holds several sequences, each counted from 0: from where the count starts anew
     transformers masks what stands before. That a family heeds it is for `fastrl.models.probe.check_packing` to measure.
     The square of a row is not computed after `fastrl.models.packed_attention.attend_by_sequence`.
 
     Raises:
-        ValueError: sequences are packed and the backbone takes no position ids.
+        ValueError: sequences are packed and the backbone takes no position ids, or the model has virtual tokens, which
+            only the first sequence of a row would see.
     """
     backbone: Any = decoder(model)
     accepted = arguments(type(backbone).forward)
     if packed_positions is not None:
         if "position_ids" not in accepted:
             raise ValueError(f"packing: {type(backbone).__name__} takes no position_ids; use --packing none")
+        if virtual_tokens(model):
+            raise ValueError(VIRTUAL_TOKENS)
         if "flash" in str(backbone.config._attn_implementation):
             return _in_one_row(backbone, input_ids, attention_mask.bool(), packed_positions)
     lengths = attention_mask.sum(-1)
@@ -60,7 +70,7 @@ def final_hidden(
             inputs["fastrl_sequences"] = sequences_of(positions, lengths)
     elif "position_ids" in accepted:
         inputs["position_ids"] = columns.expand_as(real)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    hidden = backbone(**with_virtual_tokens(model, inputs), use_cache=False).last_hidden_state[:, -width:]
     places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, places)
 

@@ -25,7 +25,9 @@ from fastrl.models import final_hidden, response_logprobs
 from fastrl.models.decoding import NO_CACHE, evaluating, next_logits
 from fastrl.models.forward import as_scorer
 from fastrl.models.heads import base_model, lm_head, score_head
+from fastrl.models.hidden import VIRTUAL_TOKENS
 from fastrl.models.packed_attention import attend_by_sequence
+from fastrl.models.tuners import TunerSettings, coming_tokens
 from fastrl.models.weights import check_sizes
 
 LENGTH, SHORT, STEPS = 12, 6, 3  # tokens of the probe's two rows; decoded steps
@@ -43,15 +45,14 @@ Result = TypeVar("Result")
 
 
 @torch.no_grad()
-def check_policy(model: Any, tokenizer: Any, path: str | Path, *, packed: bool = False) -> None:
+def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError unless model and tokenizer fit and the fused log-probs are those of the model's own logits.
 
-    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so. With
-    `packed`, for rows of several sequences, it gets `attend_by_sequence`, and those must be as each is alone.
+    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so. Virtual
+    tokens are left out: `check_tuner` tries them.
     """
     check_sizes(model, tokenizer, path)
-    if packed:
-        attend_by_sequence(model)
+    model = base_model(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     with evaluating(model):
@@ -77,13 +78,15 @@ def check_policy(model: Any, tokenizer: Any, path: str | Path, *, packed: bool =
         except ValueError as error:
             print(f"sampling without a cache, which is slower: {error}")
             setattr(base_model(model), NO_CACHE, True)
-    if packed:
-        check_packing(model, tokenizer, path)
 
 
 @torch.no_grad()
-def check_packing(model: Any, tokenizer: Any, path: str | Path) -> None:
-    """Raise ValueError unless sequences that share a row have the hidden states that each has alone."""
+def check_packing(model: Any, tokenizer: Any, path: str | Path, settings: TunerSettings | None = None) -> None:
+    """Raise ValueError unless sequences that share a row have the hidden states that each has alone; nor do they if the
+    model has virtual tokens, or will have them from the tuner of `settings`. The model gets `attend_by_sequence`.
+    """
+    if settings and coming_tokens(model, settings):
+        raise ValueError(f"{path}: {VIRTUAL_TOKENS}")
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)[0]
     alone, kept = with_padding(ids)
@@ -92,10 +95,11 @@ def check_packing(model: Any, tokenizer: Any, path: str | Path) -> None:
     positions = torch.cat([torch.arange(LENGTH), torch.arange(SHORT)]).to(ids.device).expand_as(packed)
     with evaluating(model):
         first, second = final_hidden(model, alone, kept)
+        attend_by_sequence(model)
         every = torch.ones_like(packed).bool()
         found = check.attempt("packing", lambda: final_hidden(model, packed, every, positions))
         spread = first.float().std(-1).mean()
-        beside, other = found[:, LENGTH:]
+        beside, other = found[0, LENGTH:], found[1, LENGTH:]
         check.same("packing: states beside another neighbour", other, beside, spread, NOT_PACKED, CAUSAL_TOLERANCE)
         check.same("packing: states beside a neighbour", beside, second[-SHORT:], spread, NOT_PACKED)
         check.same("packing: states of the first in a row", found[0, :LENGTH], first, spread, NOT_PACKED)
@@ -105,6 +109,7 @@ def check_packing(model: Any, tokenizer: Any, path: str | Path) -> None:
 def check_scalar(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError unless model and tokenizer fit and the scores are those of transformers' own classifier."""
     check_sizes(model, tokenizer, path)
+    model = base_model(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     every = torch.ones_like(ids).bool()

@@ -24,7 +24,7 @@ from fastrl.data.packing import PACKINGS, arrange, packed_batch
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer
-from fastrl.models.probe import check_policy
+from fastrl.models.probe import check_packing, check_policy
 from fastrl.models.saving import save_model
 from fastrl.rollout import decode_responses, rollout
 from fastrl.run.config import checked, option
@@ -72,8 +72,10 @@ def evaluate(
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
-def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
-    """Greedy answers to the prompts of examples, as printable text."""
+def sample_answers(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int
+) -> list[dict[str, str]]:
+    """Greedy answers to the prompts of examples: [{"prompt", "response"}, ...]."""
     prompts = [e.input_ids[: e.loss_mask.index(True)] for e in examples if True in e.loss_mask]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -81,7 +83,7 @@ def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_
     trajectory = rollout(model, tokenizer, prompts, max_new_tokens=max_new_tokens, greedy=True)
     answers = decode_responses(tokenizer, trajectory)
     return [
-        f"  prompt: {tokenizer.decode(prompt, skip_special_tokens=True)!r}\n  answer: {answer!r}"
+        {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "response": answer}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -92,13 +94,16 @@ def report_held_out(
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
-    pad_id, size = tokenizer.pad_token_id, cfg.micro_batch_size
+    run.phase("evaluate")
+    size, pad_id = cfg.micro_batch_size, tokenizer.pad_token_id
     metrics = evaluate(policy, held_out, pad_id, size, packing=cfg.packing, max_length=cfg.max_length)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     if is_main():
-        for text in sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
-            run.print(text)
+        samples = sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens)
+        run.samples(samples)
+        for sample in samples:
+            run.print("  prompt: {prompt!r}\n  answer: {response!r}".format(**sample))
     return metrics
 
 
@@ -120,10 +125,12 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model)
     record_template(tokenizer, cfg.template, teach=True)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=run.device)
-    check_policy(model, tokenizer, cfg.model, packed=cfg.packing != "none")
-    check_context(model, cfg.max_length, "max_length")
+    check_policy(model, tokenizer, cfg.model)
+    if cfg.packing != "none":
+        check_packing(model, tokenizer, cfg.model, cfg)
+    check_context(model, cfg.max_length, "max_length", cfg)
     if cfg.samples > 0:
-        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
+        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1", cfg)
     check_tuner(model, cfg)
 
     # 2 data

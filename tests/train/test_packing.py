@@ -278,8 +278,10 @@ def test_flash_attention_gets_one_row(monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_probe_lets_a_right_family_pass(name, dtype, capsys):
     model = family(name, by_sequence=False).to(dtype)
-    check_policy(model, byte_tokenizer(), "m", packed=True)
-    assert model.config._attn_implementation == packed_attention.NAME and capsys.readouterr().out == ""
+    check_packing(model, byte_tokenizer(), "m")
+    assert model.config._attn_implementation == packed_attention.NAME
+    check_policy(model, byte_tokenizer(), "m")  # and as before in everything else, decoding too
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -367,3 +369,11 @@ def test_a_resumed_packed_run_gives_the_same_bits(tiny_policy, tmp_path, monkeyp
     assert reported(cfg.output) == reported(whole.output)
     adapters = [open(f"{c.output}/adapter_model.safetensors", "rb").read() for c in (cfg, whole)]
     assert adapters[0] == adapters[1]
+
+
+def test_virtual_tokens_are_not_packed(tmp_path, tiny_policy, tiny_scalar):
+    """They would stand before the first sequence of a row alone: refused before anything is written."""
+    main, cfg = tiny_run("sft, prefix", tmp_path, tiny_policy, tiny_scalar)
+    with pytest.raises(ValueError, match="packing: expected none with virtual tokens .*; use --packing none"):
+        main(replace(cfg, packing="balanced"))
+    assert not (tmp_path / "run").exists()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import LOOPS, reported, tiny_run
+from loops import LOOPS, everything, reported, tiny_run
 from safetensors.torch import load_file
 
 from fastrl.run.metrics import MetricsLog
+from fastrl.run.resume import newest_state
 from fastrl.train import ppo
 
 
@@ -61,11 +62,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(loop, monkeypatch, tmp_path):
             assert (Path(cfg.output) / name).read_text() == (Path(whole.output) / name).read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["ppo"], indirect=True)
+def test_a_resumed_run_of_ppo_with_everything_equals_an_uninterrupted_one(loop, monkeypatch, tmp_path):
+    """Pitfall 41: coefficient, moments of scores, order of PTX examples, best score and weights, bit for bit."""
+    main, cfg = loop
+    cfg = everything(replace(cfg, iterations=4, epochs=1))
+    whole = replace(cfg, output=str(tmp_path / "whole"))
+    main(whole)
+    interrupt(monkeypatch, main, cfg, 4)
+    kept = torch.load(newest_state(Path(cfg.output)), weights_only=True)["own"]
+    assert kept["kl_coef"] != cfg.kl_coef and kept["scores"][0] == 2 * cfg.batch_size
+    main(replace(cfg, resume=True))
+    assert reported(cfg.output) == reported(whole.output)
+    got, want = weights(cfg.output), weights(whole.output)
+    assert any(name.startswith("best/") for name in want) and got.keys() == want.keys()
+    assert all(torch.equal(value, got[name]) for name, value in want.items())
+    assert all(r["ptx_loss"] > 0 and r["kl_coef"] > 0 for r in reported(cfg.output) if r["kind"] == "train")
+
+
 def test_other_settings_are_an_error(loop, monkeypatch):
     main, cfg = loop
     interrupt(monkeypatch, main, cfg, 4)
     with pytest.raises(ValueError, match=r"resume: settings: .*step-000002.* learning_rate was 0.001, is 0.5"):
         main(replace(cfg, resume=True, learning_rate=0.5))
+
+
+@pytest.mark.parametrize("loop", ["sft", "ppo"], indirect=True)
+def test_other_settings_are_taken_where_the_user_says_so(loop, monkeypatch, capsys):
+    """The new rate holds from the next step on, at the schedule's place; moments and data go on."""
+    main, cfg = loop
+    whole = replace(cfg, output=f"{cfg.output}-whole", learning_rate=cfg.learning_rate / 2)
+    main(whole)
+    interrupt(monkeypatch, main, cfg, 4)
+    capsys.readouterr()
+    main(replace(cfg, resume=True, resume_changed=True, learning_rate=cfg.learning_rate / 2))
+    out = capsys.readouterr().out
+    assert out.count("settings that have changed") == 1 and "learning_rate was 0.001, is 0.0005" in out
+    rates, wanted = ([r["lr"] for r in reported(x.output) if r["kind"] == "train"] for x in (cfg, whole))
+    assert rates[2:] == wanted[2:] and rates[:2] == [2 * rate for rate in wanted[:2]]
+
+
+@pytest.mark.parametrize("loop", ["sft"], indirect=True)
+def test_other_trained_weights_are_refused_even_then(loop, monkeypatch):
+    main, cfg = loop
+    interrupt(monkeypatch, main, cfg, 4)
+    for options in ({"lora_rank": 2}, {"tuner": "full"}):
+        with pytest.raises(ValueError, match=r"step-000002: expected the trained weights that it holds, got others: "):
+            main(replace(cfg, resume=True, resume_changed=True, **options))
 
 
 @pytest.mark.parametrize("loop", ["sft"], indirect=True)
