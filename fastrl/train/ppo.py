@@ -44,7 +44,7 @@ from fastrl.train.ppo_settings import (
     UpdateSettings,
     without_contradictions,
 )
-from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, see_scores, summarise, unended
+from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, kl_coef, see_scores, summarise, unended
 from fastrl.train.ppo_update import make_learners, update
 from fastrl.train.ptx import load_ptx, ptx_batches
 from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles
@@ -177,7 +177,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         save_model(roles.policy.model, tokenizer, folder)
         save_model(roles.critic.model, tokenizer, folder / "critic")
 
-    state = PPOState(cfg.kl_coef)
+    state = PPOState()
     run.begin(cfg.iterations, learners, save, state)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     mixed = ptx_batches(others, cfg, run.done)
@@ -209,8 +209,8 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         experience = make_experience(trajectory, scored, shaped)
         lr = learners[0].learning_rate
         with timer.phase("update"):
-            ptx, pad_id = next(mixed, []), tokenizer.pad_token_id
-            updated = update(run, roles, learners, experience, cfg, kl_coef=state.kl_coef, ptx=ptx, pad_id=pad_id)
+            ptx, pad_id, coef = next(mixed, []), tokenizer.pad_token_id, kl_coef(cfg, state)
+            updated = update(run, roles, learners, experience, cfg, kl_coef=coef, ptx=ptx, pad_id=pad_id)
         for learner in learners:
             learner.schedule.step()
 

@@ -41,7 +41,7 @@ def ready(cfg: ppo.PPOConfig, moved: float = 0.05):
             parameter.add_(torch.randn_like(parameter), alpha=moved)
     trajectory = ppo.sample(roles.policy, tokenizer, [Prompt([70 + i] * (1 + i), "") for i in range(8)], cfg, 1)
     scored = ppo.score_samples(roles, trajectory, cfg)
-    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState(cfg.kl_coef))
+    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState())
     return roles, tokenizer, make_experience(trajectory, scored, shaped)
 
 

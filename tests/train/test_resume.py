@@ -72,7 +72,7 @@ def test_a_resumed_run_of_ppo_with_everything_equals_an_uninterrupted_one(loop, 
     main(whole)
     interrupt(monkeypatch, main, cfg, 4)
     kept = torch.load(newest_state(Path(cfg.output)), weights_only=True)["own"]
-    assert kept["kl_coef"] != cfg.kl_coef and kept["scores"][0] == 2 * cfg.batch_size
+    assert kept["kl_scale"] != 1 and kept["scores"][0] == 2 * cfg.batch_size
     main(replace(cfg, resume=True))
     assert reported(cfg.output) == reported(whole.output)
     got, want = weights(cfg.output), weights(whole.output)
