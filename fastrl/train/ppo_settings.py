@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from fastrl.data.templates import TEMPLATES
 from fastrl.rlhf.kl import LOSS_ESTIMATORS
 from fastrl.run.config import option
 
@@ -76,6 +77,7 @@ class PTXSettings:
 
     ptx_data: list[str] | str = option("", "SFT data whose loss is added in every step; as data of fastrl sft")
     ptx_columns: dict[str, str] | str = option("", "names of its columns, as prompt=question,completion=answer")
+    ptx_template: str = option("auto", "auto (that of data), chat, alpaca, or none for plain texts", choices=TEMPLATES)
     ptx_coef: float = option(1.0, "weight of its loss per token (InstructGPT: 27.8)", above=0)
     ptx_batch_size: int = option(16, "examples of it per optimizer step", at_least=1)
     ptx_max_length: int = option(512, "longest prompt + response of it in tokens", at_least=2)
@@ -84,7 +86,7 @@ class PTXSettings:
 NEEDS = {
     "kl_horizon": "kl_target",
     "length_free": "length_penalty",
-    **{name: "ptx_data" for name in ("ptx_columns", "ptx_coef", "ptx_batch_size", "ptx_max_length")},
+    **{name: "ptx_data" for name in ("ptx_columns", "ptx_template", "ptx_coef", "ptx_batch_size", "ptx_max_length")},
 }
 
 
