@@ -15,10 +15,13 @@ from fastrl.folders import ADAPTER_CONFIG, adapter_base, is_adapter, read_json
 from fastrl.model_files import is_model_file
 from fastrl.run.checkpoint import checkpoints
 from fastrl.run.lock import move_lock
+from fastrl.run.record import RUN
 from fastrl.run.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
 SAMPLES = "samples.jsonl"
+REPORT = "report.html"
+FILES = (LOG, SAMPLES, RUN, REPORT, "tensorboard")  # of a run, beside its model
 PARTS = ("checkpoints", "base", "critic", "best")  # folders that runs write into their output
 MARK = ".put_aside"
 DISK_ERRORS = ("(os error ", "inline_container", "PytorchStreamWriter")  # of Rust's libraries, and of torch.save
@@ -41,8 +44,8 @@ def check_output(settings: Any) -> None:
             raise ValueError(
                 f"output: the run in it would be put aside in {_aside(output)}, which exists; move it away"
             )
-    for name in ("model", "reward_model"):
-        for read in model_folders(getattr(settings, name, "")):
+    for name, model in _models(settings):
+        for read in model_folders(model):
             for written, what in places.items():
                 if written == read or written in read.parents or read in written.parents:
                     raise ValueError(
@@ -95,6 +98,15 @@ def writing(output: str | Path) -> Iterator[None]:
         ) from error
 
 
+def _models(settings: Any) -> Iterator[tuple[str, str]]:
+    """(option, folder or hub id) of each model that a run reads."""
+    for name in ("model", "reward_model"):
+        yield name, getattr(settings, name, "")
+    rewards = getattr(settings, "rewards", "")
+    for term in rewards.split(",") if isinstance(rewards, str) else rewards:  # WEIGHT*MODEL#CRITERION
+        yield "rewards", term.rpartition("*")[2].partition("#")[0].strip()
+
+
 def _is_put_aside(output: Path, resume: bool) -> bool:
     """Whether a run that begins in this folder finds something there that is worth keeping."""
     if resume and newest_state(output):
@@ -124,7 +136,7 @@ def _put_aside(output: Path) -> None:
     output.mkdir(exist_ok=True)
     move_lock(aside, output)
     for entry in aside.iterdir():  # data, notes, the log of a shell
-        if not (is_model_file(entry.name) or entry.name in (LOG, SAMPLES, MARK, *PARTS)):
+        if not (is_model_file(entry.name) or entry.name in (*FILES, MARK, *PARTS)):
             entry.rename(output / entry.name)
     print(f"the earlier run in {output} is now in {aside}")
 

@@ -19,6 +19,7 @@ class RunSettings:
     model: str = option(MISSING, "model to start from: folder or hub id; an adapter folder is merged", path=True)
     output: str = option(MISSING, "folder for the model, checkpoints/ and metrics.jsonl", path=True)
     resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
+    resume_changed: bool = option(False, "with resume: go on although settings have changed; it is shown which")
     seed: int = option(0, "same seed, same run; on CPU bit for bit", at_least=0, below=2**32)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = option(
@@ -26,6 +27,7 @@ class RunSettings:
         "of weights and passes: float32 or bfloat16; steps are in float32 (18 bytes a trained weight in place of 16)",
         choices=("float32", "bfloat16"),
     )
+    tracker: str = option("", "told all metrics: tensorboard, wandb, trackio, mlflow, separated by commas; empty: none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,19 @@ class OptimSettings:
 class TunerSettings:
     """Tuner"""
 
-    tuner: str = option("lora", "what is trained: lora (adapters), or full (every weight)")
+    tuner: str = option(
+        "lora",
+        "what is trained: full (every weight), bitfit (biases, norms), lora, adapter (bottlenecks),"
+        " or virtual tokens: prompt, p-tuning, prefix",
+    )
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning", at_least=0)
     lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
+    virtual_tokens: int = option(20, "of tuner prompt, p-tuning and prefix", at_least=1)
+    adapter_size: int = option(64, "width of the bottlenecks of tuner adapter", at_least=1)
+    adapter_places: str = option(
+        "both", "of tuner adapter: after both attention and mlp, or mlp", choices=("both", "mlp")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

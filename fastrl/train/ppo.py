@@ -1,4 +1,4 @@
-"""PPO on a reward model: sample, score, estimate advantages, update policy and critic.
+"""PPO on rewards: sample, score, estimate advantages, update policy and critic.
 
 After Ziegler et al. 2019 and Ouyang et al. 2022: a KL penalty per token, a critic of its own that starts from the
 reward model, whitened advantages, clipped policy and value losses, and where asked for the SFT loss on other data.
@@ -34,12 +34,13 @@ from fastrl.run.output import SAMPLES
 from fastrl.run.resume import step_seed
 from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
-from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, shuffled_indices
+from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, part_means, shuffled_indices
 from fastrl.train.ppo_settings import (
     AdvantageSettings,
     KLSettings,
     LossSettings,
     PTXSettings,
+    RewardSettings,
     ScoreSettings,
     UpdateSettings,
     without_contradictions,
@@ -47,14 +48,14 @@ from fastrl.train.ppo_settings import (
 from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, kl_coef, see_scores, summarise, unended
 from fastrl.train.ppo_update import make_learners, update
 from fastrl.train.ptx import load_ptx, ptx_batches
-from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles
+from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles, with_rewards
 
 PRINTED_SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(
-    PTXSettings, UpdateSettings, LossSettings, AdvantageSettings, ScoreSettings, KLSettings,
+    PTXSettings, RewardSettings, UpdateSettings, LossSettings, AdvantageSettings, ScoreSettings, KLSettings,
     SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings,
 ):  # fmt: skip
     """PPO"""
@@ -82,8 +83,8 @@ def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Pro
     """Prompts to train on and held-out ones, at most `batch_size`. Too long ones are dropped and counted."""
     models = roles.policy.model, roles.critic.model
     for model in models:
-        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
-    contexts = [context_length(model) or math.inf for model in models]
+        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1", cfg)
+    contexts = [context_length(model, cfg) or math.inf for model in models]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
     return load_split(load_prompts, cfg, tokenizer, holdout=0.1, most=cfg.batch_size, max_prompt_length=room)
 
@@ -110,15 +111,20 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOCo
 
 
 def score_samples(
-    roles: Roles, trajectory: Trajectory, cfg: PPOConfig, timer: PhaseTimer | None = None
+    roles: Roles,
+    trajectory: Trajectory,
+    cfg: PPOConfig,
+    prompts: Sequence[Prompt] = (),
+    timer: PhaseTimer | None = None,
 ) -> ScoredTrajectory:
-    """What reward model, policy, reference and critic say."""
+    """What the rewards, policy, reference and critic say."""
     return score_trajectory(
         roles,
         trajectory,
         micro_batch_size=cfg.micro_batch_size,
         temperature=cfg.temperature,
         no_stop_score=cfg.no_stop_score,
+        prompts=prompts,
         timer=timer,
     )
 
@@ -127,10 +133,11 @@ def evaluate(
     run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, state: PPOState
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
+    run.phase("evaluate")
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
-    scored = score_samples(roles, trajectory, cfg)
+    scored = score_samples(roles, trajectory, cfg, prompts)
     shaped = compute_advantages(scored, trajectory.response_mask, cfg, state)
-    metrics: dict[str, Any] = summarise(trajectory, scored.scores, shaped.stats, cfg.kl_estimator)
+    metrics: dict[str, Any] = summarise(trajectory, scored.scores, shaped.stats, cfg.kl_estimator) | part_means(scored)
     if cfg.keep_best:
         if metrics["score"] > state.best_score:
             state.best_score, state.best_step = metrics["score"], run.step
@@ -163,9 +170,11 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     # models, prompts; the folder is this run's once nothing can be refused
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=run.device)
+    on = {"dtype": cfg.dtype, "device": run.device}
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, weights=cfg.reward_weights, **on)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
+    roles = with_rewards(roles, cfg, tokenizer, [*prompts, *held_out])
     others = load_ptx(cfg, roles.policy, tokenizer)
     run.claim()
     if saves_adapter(cfg):
@@ -181,7 +190,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     run.begin(cfg.iterations, learners, save, state)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     mixed = ptx_batches(others, cfg, run.done)
-    timer = PhaseTimer(run.device)
+    timer = PhaseTimer(run.device, run.phase)
     metrics: dict[str, Any] = {}
     samples = run.write(lambda: keep_lines(Path(cfg.output) / SAMPLES, run.done or -1))
     before = [sample["response"] for sample in samples if sample["step"] == 0]
@@ -198,7 +207,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
             run.print(warning)
 
         # 2 score the responses, 3 log-probs of policy and reference, values of the critic
-        scored = score_samples(roles, trajectory, cfg, timer)
+        scored = score_samples(roles, trajectory, cfg, chosen, timer)
 
         # 4 shaped scores and KL penalty into rewards, generalized advantages, whitening
         with timer.phase("advantages"):
@@ -217,6 +226,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         # 6 report, over kept tokens only; the reported KL adapts its coefficient
         report = {
             **summarise(trajectory, scored.scores, shaped.stats, cfg.kl_estimator),
+            **part_means(scored),
             **adapt(state, shaped.stats, cfg),
             "entropy": float(masked_mean(scored.entropy, mask)),
             "value": float(shaped.stats.value_mean),

@@ -7,9 +7,20 @@ from typing import Any, TypeVar
 
 from fastrl.data.templates import TEMPLATES
 from fastrl.rlhf.kl import LOSS_ESTIMATORS
+from fastrl.rlhf.rewards import FORMS, parse_rewards, parse_weights
 from fastrl.run.config import option
 
 Config = TypeVar("Config", bound=Any)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """Rewards"""
+
+    reward_weights: dict[str, float] | str = option(
+        "", "weights of the criteria of reward_model, as helpful=1,harmless=0.5; needed if it has several"
+    )
+    rewards: list[str] | str = option("", f"added to it: {FORMS}, or several; WEIGHT* may be left out, then it is 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +105,10 @@ def without_contradictions(cfg: Config) -> Config:
     """The settings of PPO; call it before anything is loaded.
 
     Raises:
-        ValueError: an option is set that others leave without effect.
+        ValueError: an option is set that others leave without effect, or rewards are written in another form.
     """
+    parse_weights(cfg.reward_weights)
+    parse_rewards(cfg.rewards)
     defaults = {item.name: item.default for item in fields(cfg)}
     for name, needed in NEEDS.items():
         value = getattr(cfg, name)

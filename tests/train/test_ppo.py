@@ -199,7 +199,7 @@ def test_score_is_on_the_last_kept_token_when_eos_is_the_pad_token(tiny_scalar):
         for row, (prompt, response) in enumerate(SEQUENCES):
             ids = torch.tensor([prompt + response])
             hidden = reward_model.model(input_ids=ids).last_hidden_state[0, -1]
-            torch.testing.assert_close(scores[row], reward_model.score(hidden)[0], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(scores[row], reward_model.score(hidden), atol=2e-5, rtol=1e-4)
 
 
 def test_select_rows_drops_common_padding_only():
@@ -230,7 +230,7 @@ def test_metrics_ignore_masked_positions(config):
         roles, _ = ready(cfg)
         scored = score_samples(roles, TRAJECTORY, cfg)
         mask = TRAJECTORY.response_mask
-        logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in scored[1:])
+        logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in scored[1:5])
         scored = scored._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
         shaped = compute_advantages(scored, mask, cfg, PPOState())
         experience = make_experience(TRAJECTORY, scored, shaped)
