@@ -28,7 +28,7 @@ from fastrl.models.stopping import find_stop_token_ids
 from fastrl.rollout import Trajectory, decode_responses, rollout
 from fastrl.run.config import checked, option
 from fastrl.run.distributed import share
-from fastrl.run.metrics import PhaseTimer, append_lines, keep_lines
+from fastrl.run.metrics import PhaseTimer, keep_lines
 from fastrl.run.optim import SCHEDULES
 from fastrl.run.output import SAMPLES
 from fastrl.run.resume import step_seed
@@ -145,11 +145,8 @@ def evaluate(
         metrics |= {"best_score": state.best_score, "best_step": state.best_step}
     run.report(metrics, "eval")
     texts, scores = decode_responses(tokenizer, trajectory), scored.scores.tolist()
-    samples = [
-        {"step": run.step, "prompt": prompt.text, "response": text, "score": score}
-        for prompt, text, score in zip(prompts, texts, scores, strict=True)
-    ]
-    run.write(lambda: append_lines(Path(cfg.output) / SAMPLES, samples))
+    rows = zip(prompts, texts, scores, strict=True)
+    run.samples([{"prompt": prompt.text, "response": text, "score": score} for prompt, text, score in rows])
     return metrics, texts
 
 
