@@ -45,7 +45,8 @@ def case(groups: int, kind: str, device: str, quick: bool) -> Case:
             **({"torch eager": chosen_and_rejected} if pairs else {"torch loop": loop}),
             "torch padded": padded,
             **({} if quick else compiled(chosen_and_rejected if pairs else padded)),
-            **({"fastrl reference": lambda i: run(i, "reference")} if quick else {}),
+            # What a GPU runs.
+            **({"fastrl reference": lambda i: run(i, "reference")} if quick or device != "cpu" else {}),
             **ours("ranking_loss", device, torch.float32, run),
         },
         bound="copy",

@@ -48,7 +48,6 @@ class cuda:
     lora_up_backward: Kernel
     ppo_advantages: Kernel
     ppo_loss: Kernel
-    ranking_loss: Kernel
     token_logprobs_bwd: Kernel
     token_logprobs_fwd: Kernel
 
@@ -60,7 +59,5 @@ class cuda:
     def ppo_advantages_workspace(rows: int) -> int: ...
     @staticmethod
     def ppo_loss_workspace(size: int) -> int: ...
-    @staticmethod
-    def ranking_loss_workspace(size: int) -> int: ...
     @staticmethod
     def token_logprobs_workspace(rows: int, vocab: int, dtype: int) -> int: ...

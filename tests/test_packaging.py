@@ -19,8 +19,6 @@ from fastrl.ops import backend
 
 ROOT = Path(__file__).parent.parent
 OPS = list(backend.NATIVE_BACKENDS)
-HAS_NVCC = any(shutil.which(path) for path in ("nvcc", "/usr/local/cuda/bin/nvcc"))
-CUDA_BUILD = {"FASTRL_CUDA": "on" if HAS_NVCC else "off", "FASTRL_CUDA_ARCHITECTURES": "80-real"}
 UNTRACKED = shutil.ignore_patterns(".git", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -48,7 +46,7 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source_tree, tmp_path_factory):
-    """A wheel made from an sdist, as a packager would; with the CUDA kernels, for one GPU, where there is nvcc."""
+    """A wheel made from an sdist, as a packager would; without the CUDA kernels, with which `.ci/wheels` builds one."""
 
     def make(folder):
         build = [sys.executable, "-m", "build", "--no-isolation"]
@@ -56,7 +54,7 @@ def wheel(source_tree, tmp_path_factory):
         (sdist,) = folder.glob("*.tar.gz")
         shutil.unpack_archive(sdist, folder / "unpacked")
         (unpacked,) = (folder / "unpacked").iterdir()
-        run(*build, "--wheel", "-o", folder, cwd=unpacked, env=CUDA_BUILD)
+        run(*build, "--wheel", "-o", folder, cwd=unpacked, env={"FASTRL_CUDA": "off"})
 
     (wheel,) = once(tmp_path_factory, "wheel", make).glob("*.whl")
     return wheel
@@ -85,16 +83,12 @@ def test_wheel_works_in_a_clean_environment_outside_the_checkout(wheel, tmp_path
         "from fastrl.ops import token_logprobs\n"
         "x = token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3]), backend='cpu')\n"
         "assert torch.allclose(x.exp(), torch.tensor(0.25)), x\n"
-        f"assert fastrl._C.has_cuda is {HAS_NVCC}\n"
-        "if fastrl._C.has_cuda: print('a launch:', fastrl._C.cuda_probe())\n"
         "print(fastrl.__file__, fastrl.__version__)"
     )
     _, output = run(clean, "-c", code, cwd=tmp_path, env=NO_GPU)
     assert str(tmp_path) in output
-    assert not HAS_NVCC or re.search("a launch: .*(driver|device)", output), output
     _, doctor = run(tmp_path / "venv/bin/fastrl", "doctor", cwd=tmp_path, env=NO_GPU)
     assert "token_logprobs" in doctor
-    assert not HAS_NVCC or re.search(r"native CUDA part +built with CUDA \d+\.\d", doctor), doctor
 
 
 CMAKE = """#!/bin/sh
@@ -182,6 +176,10 @@ def test_backend_requests(monkeypatch):
         from fastrl.ops import token_logprobs
 
         token_logprobs(logits, ids, backend="cuda")
+    monkeypatch.setenv("FASTRL_BACKEND", "cuda")  # an op without such a kernel runs as ever
+    assert backend.choose("ranking_loss", logits) == "cpu"
+    with pytest.raises(ValueError, match="ranking_loss has no cuda kernel in this version; possible here: reference"):
+        backend.choose("ranking_loss", logits, "cuda")
     monkeypatch.delenv("FASTRL_BACKEND")
     assert backend.choose("token_logprobs", logits.double()) == "reference"
     with pytest.raises(ValueError, match="float64"):
@@ -247,6 +245,9 @@ def test_an_op_is_found_by_its_name(op):
     stem = {"lora_linear_group": "lora_linear"}.get(op, op)
     kernel = {"linear_logprobs": "linear_head", "linear_cross_entropy": "linear_head"}.get(stem, stem)
     for place in FILES:
+        if "gpu" in place or "cuda" in place or place.startswith("kernels"):
+            if "cuda" not in backend.NATIVE_BACKENDS[op]:
+                continue
         path = place.format(op=stem, kernel=kernel)
         assert (ROOT / path).is_file(), path
         assert path.startswith("tests/") or place in (ROOT / "CONTRIBUTING.md").read_text(), f"CONTRIBUTING.md: {place}"

@@ -26,9 +26,6 @@ void bind(pybind11::module_& m) {
   m.def("ppo_advantages_workspace", ppo_advantages_workspace, "Doubles of workspace.");
   m.def("ppo_loss", kernel(ppo_loss), "As the CPU's.");
   m.def("ppo_loss_workspace", ppo_loss_workspace, "Doubles of workspace.");
-  m.def("ranking_loss", kernel(ranking_loss),
-        "As the CPU's; a rank that is NaN makes the loss NaN.");
-  m.def("ranking_loss_workspace", ranking_loss_workspace, "Doubles of workspace.");
   m.def("token_logprobs_fwd", kernel(token_logprobs_fwd), "As the CPU's.");
   m.def("token_logprobs_bwd", kernel(token_logprobs_bwd), "As the CPU's.");
   m.def("token_logprobs_workspace", token_logprobs_workspace, "Bytes of workspace; 0 for none.");

@@ -75,12 +75,6 @@ void ppo_loss(int64_t size, const float* logprobs, const float* values, const fl
               void* stream);
 int64_t ppo_loss_workspace(int64_t size);
 
-// Contributions of answers go through `workspace`, of ranking_loss_workspace(size) doubles.
-void ranking_loss(int64_t size, const float* scores, const int64_t* group_ids, const double* ranks,
-                  const float* margins, float center_coef, float* loss, float* stats,
-                  float* dscores, double* workspace, void* stream);
-int64_t ranking_loss_workspace(int64_t size);
-
 // Bytes of workspace that token_logprobs_fwd needs to split rows over blocks; 0: it does not split.
 // The split does not change a bit of the results.
 int64_t token_logprobs_workspace(int64_t rows, int64_t vocab, int dtype);

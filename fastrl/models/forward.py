@@ -6,6 +6,7 @@ past it for a submodule would train nothing, or not synchronise, without a word.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import peft
@@ -83,7 +84,13 @@ class Policy(Tuned):
 
 
 class Scorer(Tuned):
-    """A reward model or critic with its tuner: a backbone and a `ScoreHead` of C criteria."""
+    """A reward model or critic with its tuner: a backbone and a `ScoreHead` of C criteria, with the weights by which
+    they are one score where one is needed (`one_score`).
+    """
+
+    def __init__(self, tuner: Tuner, weights: Mapping[str, float] | None = None) -> None:
+        super().__init__(tuner)
+        self.weights = dict(weights or {})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, last_only: bool) -> Tensor:
         """(B, C) fp32 scores at each row's last token, or (B, T, C) at every token (what is not kept is unspecified).
@@ -137,13 +144,25 @@ def response_logprobs(
     )
 
 
+def one_score(scorer: nn.Module, scores: Tensor) -> Tensor:
+    """(...) the weighted sum of a scorer's scores (..., C), or without weights those of its one criterion.
+
+    Raises:
+        ValueError: there are several criteria and no weights.
+    """
+    weights = getattr(scorer, "weights", None)
+    return score_head(cast(Any, scorer).model).combine(scores, weights) if weights else only_criterion(scores)
+
+
 def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T) fp32 scores of any reward model or critic of one criterion at every token; see `Scorer.forward`."""
-    return only_criterion(as_scorer(model)(input_ids, attention_mask, last_only=False))
+    """(B, T) fp32 `one_score` of any reward model or critic at every token; see `Scorer.forward`."""
+    scorer = as_scorer(model)
+    return one_score(scorer, scorer(input_ids, attention_mask, last_only=False))
 
 
 def last_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) fp32 scores of any reward model or critic of one criterion at each row's last kept token, on any padding
-    side, with or without eos; see `Scorer.forward`.
+    """(B,) fp32 `one_score` of any reward model or critic at each row's last kept token, on any padding side, with or
+    without eos; see `Scorer.forward`.
     """
-    return only_criterion(as_scorer(model)(input_ids, attention_mask, last_only=True))
+    scorer = as_scorer(model)
+    return one_score(scorer, scorer(input_ids, attention_mask, last_only=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fastrl.models.heads import base_model
 from fastrl.models.merging import check_mergeable, kept_kind, merge_adapter
 from fastrl.models.score_heads import (
     CLASSIFIER,
-    check_one_criterion,
+    check_criteria,
     check_score_head,
     claims_score_head,
     read_score_fields,
@@ -117,22 +117,28 @@ def load_scalar_model(
 
 
 def start_scalar_model(
-    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+    path: str | Path,
+    criteria: Sequence[str] = (),
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
 ) -> transformers.PreTrainedModel:
-    """What reward training starts from: a reward model as it is, or a causal LM's backbone with a fresh head.
+    """What reward training on these criteria starts from: a reward model as it is, or a causal LM's backbone with a
+    fresh head, which has one score, or one for each of several criteria.
 
     The head is N(0, 1 / sqrt(H + 1)), drawn from torch's global generator.
 
     Raises:
-        ValueError: a language model's adapter that cannot be merged.
+        ValueError: the reward model scores several criteria, and there are others; a language model's adapter that
+            cannot be merged.
     """
     path = _existing(path)
     if claims_score_head(path):
         model = load_scalar_model(path, dtype=dtype, device=device)
-        check_one_criterion(model, path)
+        check_criteria(model, criteria, path)
         return model
     check_mergeable(path)
-    return with_scalar_head(load_policy(path, dtype=dtype, device=device)).eval()
+    return with_scalar_head(load_policy(path, dtype=dtype, device=device), criteria).eval()
 
 
 def context_length(model: nn.Module, settings: TunerSettings | None = None) -> int | None:

@@ -1,7 +1,8 @@
 """Which implementation of an op runs; how native ones are called is in native.py.
 
 Backends: `reference` (plain torch, any device and dtype), `cpu` (C++), `cuda` (C++), `triton`. The order of choice is
-the explicit argument, the environment variable FASTRL_BACKEND, then the best that the tensor's device and dtype allow.
+the explicit argument, the environment variable FASTRL_BACKEND (for the ops that have such kernels), then the best that
+the tensor's device and dtype allow.
 A request that cannot be met raises and lists what can; nothing falls back silently.
 """
 
@@ -26,8 +27,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 OLDEST_GPU = (8, 0)  # compute capability
 
-# Native backends of every op, best first for the device they take; `reference` is always there.
-NATIVE_BACKENDS: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpu", "cuda", "triton"))
+# Native backends of every op, best first for the device they take; `reference` is always there. On a GPU the few scores
+# of a ranking_loss are compared as fast by torch's own kernels.
+NATIVE_BACKENDS: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpu", "cuda", "triton")) | {"ranking_loss": ("cpu",)}
 
 
 def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -130,10 +132,11 @@ def choose_for(
     op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, *, eager: bool = False
 ) -> str:
     """See `choose`; `eager`: plain torch was measured faster at this shape and runs unless a backend is asked for."""
-    source = "backend" if backend is not None else "FASTRL_BACKEND"
-    requested = backend if backend is not None else os.environ.get("FASTRL_BACKEND") or None
-    if requested is not None:
-        return _require(op, requested, source, device, dtype)
+    if backend is not None:
+        return _require(op, backend, "backend", device, dtype)
+    wanted = _wanted(op)
+    if wanted is not None:
+        return _require(op, wanted, "FASTRL_BACKEND", device, dtype)
     if eager or transforming():
         return "reference"
     for candidate in NATIVE_BACKENDS[op]:
@@ -146,6 +149,12 @@ def choose_for(
 def transforming() -> bool:
     """Whether torch.func (grad, vmap, ...) or forward-mode AD looks into the call: plain torch then, which it knows."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _wanted(op: str) -> str | None:
+    """What FASTRL_BACKEND asks of an op: one that has no kernel of that backend runs as without it."""
+    wanted = os.environ.get("FASTRL_BACKEND") or None
+    return None if wanted in DEVICES and wanted not in NATIVE_BACKENDS[op] else wanted
 
 
 def _require(op: str, requested: str, source: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -167,7 +176,7 @@ def explain(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, st
     rows = []
     for op, candidates in NATIVE_BACKENDS.items():
         chosen = choose_for(op, device, dtype)
-        if os.environ.get("FASTRL_BACKEND"):
+        if _wanted(op):
             reason = "FASTRL_BACKEND asks for it"
         elif chosen != "reference":
             reason = f"native kernel ({_C.cpu_isa()})" if chosen == "cpu" else "native kernel"

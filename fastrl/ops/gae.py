@@ -31,7 +31,7 @@ def gae(
         returns     = advantages + values
 
     Same value as the loop ``for t in reversed(range(R))`` over these lines, run on each row with its dropped tokens
-    taken out: a dropped slot hands the value and the advantage on its right through to its left.
+    taken out: a dropped slot passes the value and the advantage on its right through to its left.
 
     Args:
         rewards, values: (B, R) float32, bfloat16 or float16 (float64 runs on `reference`), any strides.

@@ -45,7 +45,7 @@ def linear_cross_entropy(
         labels: (...) int64 or int32 in [0, V), or -100 to drop the position.
         bias: (V,), the dtype of hidden.
         lora: (lora_a (r, H), lora_b (V, r), scaling) adds scaling * (hidden @ lora_a.T) @ lora_b.T to the logits.
-        mask: (...) bool, True = keep. Dropped positions count nothing, get zero gradient, and may hold anything.
+        mask: (...) bool, True = keep. Dropped positions do not count, get zero gradient, and may hold anything.
         temperature: > 0, divides the (scaled, soft-capped) logits.
         logit_scale: > 0, multiplies the logits first: Cohere's logit_scale, 1 / Granite's logits_scaling.
         softcap: > 0; scaled logits become softcap * tanh(logits / softcap).
@@ -55,8 +55,8 @@ def linear_cross_entropy(
     Returns:
         0-d float32 loss in nats; 0 with zero gradients if nothing is kept.
     Raises:
-        ValueError: shape, dtype, device or value does not fit, or a kept label is outside [0, V). On a GPU that label
-            makes the loss NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
+        ValueError: shape, dtype, device or value does not fit, or a kept label is outside [0, V). On a GPU such a label
+            makes the loss NaN instead, without a host sync; FASTRL_DEBUG=1 raises there too.
     Numerics: as `linear_logprobs`; the gradients of the parameters are summed in float32 and rounded once.
     Cost, in products of 2 M V H FLOPs: 1 without gradients, 2 for a frozen head, 3 for a trained one; all gradients are
         formed in the forward pass and the backward pass scales them. Differentiable once.

@@ -53,8 +53,8 @@ def linear_logprobs(
     Returns:
         (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
     Raises:
-        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU that id
-            makes its position NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
+        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU such
+            an id gives NaN at its position, without a host sync; FASTRL_DEBUG=1 raises there too.
     Numerics: the target's logit, all sums and every gradient's accumulation are in float32; the other logits have the
         precision of a matrix product in the dtype of hidden. log p = -log(1 + odds against), exact near 0. The same
         call gives the same bits, with or without gradients; a row's bits may change with the number of kept rows, as

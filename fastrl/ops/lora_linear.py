@@ -41,9 +41,9 @@ def lora_linear(
         y = x W^T + bias + scaling * (D(x) A^T) B^T
 
     Same value as PEFT's ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, or
-    ``F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling``. Of base
-    product and adapter's product the second accumulates onto the first (GEMM with beta = 1), in the forward and in the
-    gradient of x. Saved for backward: x and D(x) A^T (M x r); no copy of x, no adapter output.
+    ``F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling``. The
+    adapter's product accumulates onto the base product (GEMM with beta = 1), in the forward pass and in the gradient
+    of x. Saved for backward: x and D(x) A^T (M x r); no copy of x, no adapter output.
 
     Args:
         x: (..., K) float32, bfloat16 or float16 (float64 runs on `reference`). Any strides.
@@ -53,8 +53,8 @@ def lora_linear(
         scaling: a finite number, PEFT's lora_alpha / r.
         bias: (O,), dtype of x.
         dropout: in [0, 1): the probability that D zeroes an element of x (the rest is divided by 1 - dropout). The mask
-            is never stored: Philox4x32-10 makes it again from one seed, drawn on each call from the generator of the
-            device (torch.manual_seed and torch.utils.checkpoint repeat it). Pass 0 in evaluation.
+            is never stored: Philox4x32-10 regenerates it from one seed, drawn on each call from the device's generator
+            (so torch.manual_seed and torch.utils.checkpoint reproduce it). Pass 0 in evaluation.
         backend: None chooses (eager torch for small batches on a CPU); else one of reference, cpu, triton, cuda.
     Returns:
         (..., O) in the dtype of x.

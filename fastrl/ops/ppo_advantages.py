@@ -30,7 +30,7 @@ class AdvantageStats(NamedTuple):
     """Float32 0-d tensors on the inputs' device, over this process's kept tokens or rows; 0 where there are none.
 
     A row counts if it keeps a token. `kl_*` are of the estimator asked for, before `kl_clip`; `score_mean` is before
-    `score_clip`; variances are population variances; advantages are meant before whitening.
+    `score_clip`; variances are population variances; advantages are taken before whitening.
     """
 
     tokens: torch.Tensor  # kept tokens
@@ -88,7 +88,7 @@ def ppo_advantages(
         logprobs, ref_logprobs, values: (B, R) float32, bfloat16 or float16 (float64 runs on `reference`), any strides.
             logprobs[b, t] is of response token t under the policy that sampled it; values[b, t] is the value of the
             state before token t. Log-probs must be of the distribution that was sampled from (same temperature, no
-            suppressed tokens), else the KL estimate is biased and may go negative for long stretches.
+            suppressed tokens), else the KL estimate is biased and may stay negative.
         scores: (B,) float, one per sequence; 0.0 is a score like any other. Ignored in rows that keep nothing.
         mask: (B, R) bool, True = keep. Dropped slots return 0 and may hold anything in every input.
         kl_coef: >= 0, weight of the KL penalty.

@@ -16,13 +16,11 @@ from fastrl.checks import (
     check_non_negative,
     check_plain,
     check_shape,
-    debugging,
-    has_values,
 )
 from fastrl.masked import compute_dtype
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose_for
-from fastrl.ops.native import _C, as_data, cuda_workspace, launch_cuda, native_op, threads_for, triton_kernel
+from fastrl.ops.native import _C, as_data, native_op, threads_for
 from fastrl.reference import ranking_loss as reference
 
 OP = "ranking_loss"
@@ -59,12 +57,13 @@ def ranking_loss(
     Args:
         scores: (N,) float32, bfloat16 or float16 (float64 runs on `reference`); differentiable.
         group_ids: (N,) int64 or int32, any numbers in any order; answers to one prompt share one.
-        ranks: (N,) integer or float, not NaN; lower is better, equal ranks form no pair. On a GPU a NaN is not looked
-            for, which would wait for the device: it makes the loss NaN, and raises only with FASTRL_DEBUG=1.
+        ranks: (N,) integer or float, not NaN; lower is better, equal ranks form no pair. On a GPU a NaN makes the
+            loss NaN instead, without a host sync, and raises with FASTRL_DEBUG=1.
         margins: (N,) float, what answer i must beat each worse answer of its group by; a pair's margin m goes to the
             chosen answer's slot. None = 0. No gradient flows into it.
         center_coef: >= 0, pulls the scores of each pair towards a sum of 0 (TRL's center_rewards_coefficient).
-        backend: None chooses; else one of reference, cpu, triton, cuda.
+        backend: None chooses; else reference or cpu. On a GPU it is `reference`: a handful of torch's own kernels over
+            the N x N pairs, of which there are few beside the model that gave the scores.
     Returns:
         (loss, RankingStats): loss is a 0-d float32 tensor (float64 if an input is); 0 with zero gradient if no group
         has a pair.
@@ -84,8 +83,6 @@ def ranking_loss(
         loss, stats = reference.ranking_loss(scores, group_ids, ranks, margins, center_coef)
     else:
         group_ids, ranks = group_ids.long().contiguous(), ranks.double().contiguous()
-        if backend != "cpu" and debugging() and has_values(ranks):
-            check(not bool(ranks.isnan().any()), OP, "ranks", "numbers", "nan")
         loss, stats = _RankingLoss.apply(scores, group_ids, ranks, margins, float(center_coef), backend)
     return loss, RankingStats(*stats.unbind())
 
@@ -127,15 +124,9 @@ def _loss_cpu(scores, *rest):
     _C.ranking_loss(size, scores, *rest, threads_for(size))
 
 
-def _loss_cuda(scores, *rest):
-    size = scores.numel()
-    workspace = cuda_workspace(OP, size, like=scores, dtype=torch.float64)
-    launch_cuda(OP, scores, size, scores, *rest, workspace)
-
-
 _loss = native_op(
     "ranking_loss",
     "Tensor scores, Tensor group_ids, Tensor ranks, Tensor? margins, float center_coef, Tensor(a!) loss, "
     "Tensor(b!) stats, Tensor(c!) dscores",
-    {"cpu": _loss_cpu, "cuda": _loss_cuda, "triton": triton_kernel("ranking_loss", "ranking_loss")},
+    {"cpu": _loss_cpu},
 )

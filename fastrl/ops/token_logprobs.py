@@ -56,11 +56,11 @@ def token_logprobs(
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
         (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
-        A row of nothing but -inf gives log-prob -inf, entropy 0 and no gradient. A NaN logit gives NaN.
+        A row of -inf alone gives log-prob -inf, entropy 0 and no gradient. A NaN logit gives NaN.
     Raises:
-        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU that id
-            makes its position NaN instead, so that nothing waits; FASTRL_DEBUG=1 raises there too.
-    Numerics: arithmetic and sums in fp32 with the maximum kept apart (a common offset of the logits costs nothing);
+        ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU such
+            an id gives NaN at its position, without a host sync; FASTRL_DEBUG=1 raises there too.
+    Numerics: arithmetic and sums in fp32, relative to the row's maximum (a common offset costs no digits);
         the target's gradient is -expm1(log p), exact where p is near 1; a row's bits do not depend on the batch (on
         `triton`: of logits with the same stride of rows and the same alignment).
         The gradient has the dtype of the logits. Differentiable once.

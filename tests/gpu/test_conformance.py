@@ -75,6 +75,4 @@ def test_layouts(gpu_backend, call):
 @every_call
 def test_rows_beyond_two_to_the_31(gpu_backend, call):
     """T11, T28, pitfall 45."""
-    if call.name == "ranking_loss":
-        pytest.skip("has no rows")
     test_addressing.test_rows_beyond_two_to_the_31(on(gpu_backend, call))

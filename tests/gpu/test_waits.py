@@ -9,6 +9,8 @@ from gpu.waits import Waits, allowed
 from gpus import HAS_GPU
 from simulated_cuda import simulated_cuda, use_kernels
 
+from fastrl.ops import ranking_loss
+
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="of the simulated device")
 
 
@@ -21,7 +23,11 @@ def waits(monkeypatch):
         yield counter
 
 
-@pytest.mark.parametrize("call", all_calls(batch=4, tokens=9, backends=("cuda",)), ids=label)
+CALLS = all_calls(batch=4, tokens=9, backends=("cuda",))
+CALLS += [call for call in all_calls(backends=("reference",)) if call.name == "ranking_loss"]  # what a GPU runs
+
+
+@pytest.mark.parametrize("call", CALLS, ids=label)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_hot_path_never_waits(call: Call, dtype, host_cuda_kernels, waits, monkeypatch):
     """No .item(), no copy from or to the host, forward and backward, beyond what waits.py allows."""
@@ -32,6 +38,21 @@ def test_the_hot_path_never_waits(call: Call, dtype, host_cuda_kernels, waits, m
     found = evaluate(call, tensors)
     assert waits.count <= allowed(call)
     assert all(value.is_cuda for value in found.values())
+
+
+def test_a_rank_that_is_nan(host_cuda_kernels, waits, monkeypatch):
+    """It makes the loss NaN, since a look at it would wait; with FASTRL_DEBUG=1 it is an error."""
+    use_kernels(monkeypatch, host_cuda_kernels)
+    monkeypatch.delenv("FASTRL_DEBUG", raising=False)
+    scores, groups, ranks = (
+        x.to("cuda") for x in (torch.randn(3), torch.zeros(3).long(), torch.tensor([0, 1, torch.nan]))
+    )
+    waits.count = 0
+    loss, _ = ranking_loss(scores, groups, ranks)
+    assert waits.count == 0 and loss.isnan().item()
+    monkeypatch.setenv("FASTRL_DEBUG", "1")
+    with pytest.raises(ValueError, match="ranking_loss: ranks: expected numbers, got nan"):
+        ranking_loss(scores, groups, ranks)
 
 
 WAYS = {

@@ -49,7 +49,7 @@ def logprobs() -> None:
 
 
 def rows() -> None:
-    """Per number of rows and sequence length, of what works on float32 rows; per number of tokens and answers."""
+    """Per number of rows and sequence length, of what works on float32 rows; per number of tokens."""
     x, weight, lora_a, lora_b = (torch.empty(*shape) for shape in ((6000, 32), (32, 32), (16, 32), (32, 16)))
     for batch, tokens in itertools.product((1, 3, 16), LENGTHS):
         row, mask = torch.empty(batch, tokens, requires_grad=True), torch.ones(batch, tokens, dtype=torch.bool)
@@ -58,8 +58,6 @@ def rows() -> None:
         ops.ppo_advantages(data, data, data, data[:, 0], mask, backend="triton")
         ops.ppo_loss(row, row, data, data, data, data, mask, backend="triton")[0].backward()
     for count in LENGTHS:
-        groups = torch.zeros(count, dtype=torch.long)
-        ops.ranking_loss(torch.empty(count), groups, groups, backend="triton")
         leaves = x[:count].requires_grad_(), weight, lora_a.requires_grad_(), lora_b.requires_grad_()
         ops.lora_linear(*leaves, 0.5, dropout=0.1, backend="triton").sum().backward()
 
