@@ -18,7 +18,7 @@ import peft
 import transformers
 from torch import Tensor, nn
 
-from fastrl.models.bottleneck import add_bottlenecks, bottleneck_names, layers
+from fastrl.models.bottleneck import add_bottlenecks, bottleneck_names, layer_parts
 from fastrl.models.heads import SCORE, base_model
 from fastrl.models.hidden import final_hidden
 from fastrl.models.lora import merged
@@ -196,7 +196,7 @@ def check_bitfit(model: nn.Module, settings: TunerSettings) -> None:
 
 def check_adapter(model: nn.Module, settings: TunerSettings) -> None:
     """Raise ValueError if the model's layers have no place for bottleneck adapters."""
-    layers(model)
+    layer_parts(model)
 
 
 def check_virtual(model: nn.Module, settings: TunerSettings) -> None:
