@@ -59,8 +59,9 @@ class Tuner(Protocol):
 
     model: Any  # what holds the parameters, samples, and is saved
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T, H) hidden states below the head at the given tokens; those of virtual tokens are taken off."""
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None) -> Tensor:
+        """(B, T, H) hidden states below the head at the given tokens; those of virtual tokens are taken off. With
+        `packed_positions` (B, T) a row holds several sequences, each counted from 0; see `final_hidden`."""
 
     def off(self) -> AbstractContextManager[None]:
         """Within, the model is the one that was loaded, to the bit, as PPO's reference and reward model are. For passes
@@ -83,8 +84,8 @@ class Full:
         self.model = model
         self._others = [p.detach().clone() for p in self._trained()] if keep_loaded else []
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return final_hidden(self.model, input_ids, attention_mask)
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None) -> Tensor:
+        return final_hidden(self.model, input_ids, attention_mask, packed_positions)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -114,8 +115,8 @@ class Adapter:
     def __init__(self, model: peft.PeftModel) -> None:
         self.model: Any = model
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return final_hidden(self.model, input_ids, attention_mask)
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None) -> Tensor:
+        return final_hidden(self.model, input_ids, attention_mask, packed_positions)
 
     def off(self) -> AbstractContextManager[None]:
         return self.model.disable_adapter()

@@ -91,6 +91,7 @@ def report_held_out(
     """`held_out_metrics`, and scored answers to the first few prompts; {} if there is nothing held out."""
     if not held_out:
         return {}
+    run.phase("evaluate")
     scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     names = score_head(scorer.model).names
     metrics = held_out_metrics(scores, held_out, names)
@@ -98,11 +99,13 @@ def report_held_out(
     run.report(metrics, "eval")
     remaining = iter(scores.tolist())
     for preference in held_out[: cfg.samples]:
-        run.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
+        prompt = tokenizer.decode(preference.prompt_ids)
+        run.print(f"  prompt: {prompt!r}")
         for rank, response in zip(preference.ranks, preference.responses, strict=True):
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            shown = ", ".join(f"{name} {score:+.3f}" for name, score in zip(names, next(remaining), strict=True))
-            run.print(f"  {shown} (rank {rank}): {text!r}")
+            text, values = tokenizer.decode(response, skip_special_tokens=True), next(remaining)
+            scores_of = dict(zip(names, values, strict=True))
+            run.samples([{"prompt": prompt, "response": text, "rank": rank, **scores_of}])
+            run.print(f"  {', '.join(f'{n} {score:+.3f}' for n, score in scores_of.items())} (rank {rank}): {text!r}")
     return metrics
 
 
