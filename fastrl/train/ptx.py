@@ -22,7 +22,7 @@ def load_ptx(cfg: Any, policy: Policy, tokenizer: Any) -> list[Example]:
     """The examples of `cfg.ptx_data`, none if that is empty. What was loaded is printed."""
     if not cfg.ptx_data:
         return []
-    check_context(policy.model, cfg.ptx_max_length, "ptx_max_length")
+    check_context(policy.model, cfg.ptx_max_length, "ptx_max_length", cfg)
     examples, report = load_examples(
         cfg.ptx_data,
         tokenizer,
