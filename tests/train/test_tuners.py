@@ -337,7 +337,6 @@ def test_the_context_shrinks_by_the_virtual_tokens(tiny_policy):
             {"gradient_checkpointing": True},
             "gradient_checkpointing: expected false with tuner prefix, got true",
         ),
-        ("prompt", {"packing": "rows"}, "packing: expected none with tuner prompt"),
         ("prefix", {"model": "Mamba"}, "tuner: expected another than prefix for MambaForCausalLM, got "),
         ("prefix", {"model": "Falcon"}, "tuner: expected another than prefix for FalconForCausalLM, got .* shape"),
     ],
