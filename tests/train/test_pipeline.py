@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
 import yaml
+from ranks import environment
 from safetensors.torch import load_file
 
 from fastrl import cli
@@ -57,19 +60,19 @@ def trained(source):
     return source.with_name("out")
 
 
+def copied(trained, folder):
+    """What was trained, at another place."""
+    if not folder.exists():
+        shutil.copytree(trained, folder)
+        for record in folder.glob("*/run.json"):
+            record.write_text(record.read_text().replace(str(trained), str(folder)))
+    return str(folder)
+
+
 @pytest.fixture
-def again(trained, source, tmp_path, monkeypatch):
-    """Reads the pipeline, with overrides, over a copy of what it trained; its stages cannot be run."""
-
-    def read(**overrides):
-        folder = tmp_path / "out"
-        if not folder.exists():
-            shutil.copytree(trained, folder)
-            for record in folder.glob("*/run.json"):
-                record.write_text(record.read_text().replace(str(trained), str(folder)))
-        return read_stages(source, {"output": str(folder), **overrides})[1]
-
-    return read
+def again(trained, source, tmp_path):
+    """Reads the pipeline, with overrides, over a copy of what it trained."""
+    return lambda **overrides: read_stages(source, {"output": copied(trained, tmp_path / "out"), **overrides})[1]
 
 
 def actions(*arguments, **options):
@@ -165,6 +168,20 @@ def test_a_pipeline_goes_on_inside_the_stage_that_was_interrupted(source, traine
         got, want = load_file(tmp_path / "out" / file), load_file(trained / file)
         assert got.keys() == want.keys() and all(got[name].equal(want[name]) for name in want)
     assert RESUME == "resume"
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_is_due(source, trained, tmp_path):
+    """Rank 0 looks at the folders and tells the other, which then trains with it."""
+    folder = copied(trained, tmp_path / "out")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "fastrl.cli", "run", source, "--output", folder, "--ppo.seed", "1", "--redo"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(": skip (finished)") == 2
+    assert done.stdout.count("3/3  ppo: train (again: seed was 0, is 1)") == 1
+    assert json.loads((tmp_path / "out/ppo/run.json").read_text())["processes"] == 2
+    assert (tmp_path / "out/ppo.previous/run.json").exists() and done.stdout.count("report: ") == 1
 
 
 def test_all_settings_are_checked_before_the_first_stage_trains(source, tmp_path, capsys):
