@@ -54,9 +54,9 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
     for iteration in range(settings.iterations + 1):
         start = clock(settings.device)
         scored = ppo.score_samples(roles, trajectory, cfg)
-        shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg)
+        shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg, ppo.PPOState(cfg.kl_coef))
         run.step = iteration
-        update(run, roles, learners, make_experience(trajectory, scored, shaped), cfg, temperature=cfg.temperature)
+        update(run, roles, learners, make_experience(trajectory, scored, shaped), cfg, kl_coef=cfg.kl_coef)
         seconds.append(clock(settings.device) - start)
         if iteration == 0:
             check = {"surprisal": float(-scored.logprobs.sum(1).mean()), "score": float(scored.scores.mean())}

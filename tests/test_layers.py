@@ -42,7 +42,7 @@ def test_the_oracle_is_imported_by_the_ops_alone():
 def test_the_ops_stand_alone():
     """They know nothing of models, loops and commands; how a kernel is called does not ask which one runs."""
     found = {(name, module.split(".")[0]) for name, module in imports() if name.split(".")[0] == "ops"}
-    above = {"commands", "data", "demo", "integrations", "models", "rollout", "run", "train"}
+    above = {"commands", "data", "demo", "integrations", "models", "rlhf", "rollout", "run", "train"}
     assert not [pair for pair in found if pair[1] in above]
     assert not [pair for pair in imports() if pair[0] == "ops.native" and pair[1].startswith("ops.")]
 
@@ -63,9 +63,16 @@ def test_models_know_nothing_of_runs_loops_or_commands():
 
 
 def test_runs_know_nothing_of_models_ops_or_loops():
-    above = {"models", "ops", "kernels", "reference", "integrations", "data", "train", "commands", "rollout", "demo"}
+    above = {"models", "ops", "kernels", "reference", "integrations", "data", "train", "commands", "rollout"}
+    above |= {"demo", "rlhf"}
     found = {(name, module) for name, module in imports() if name.startswith("run.")}
     assert not {(name, module) for name, module in found if module.split(".")[0] in above}
+
+
+def test_what_rlhf_adds_is_numbers_and_tensors_alone():
+    allowed = {"checks", "constants", "masked", "ops", "rlhf"}
+    assert not [pair for pair in imports() if pair[0].startswith("rlhf") and pair[1].split(".")[0] not in allowed]
+    assert {name.split(".")[0] for name in importers("rlhf")} <= {"train"}
 
 
 def test_accelerate_is_known_to_two_modules():

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastrl.data.criteria import criterion_columns
 from fastrl.data.load import Example, Preference
 
 Item = TypeVar("Item")
@@ -45,11 +46,12 @@ def pad(sequences: Sequence[Sequence[int]], pad_value: int, *, side: str) -> tup
 
 
 class SFTBatch(NamedTuple):
-    """Right-padded sequences; `loss_mask[b, t]` says that token t is a target that counts."""
+    """Right-padded rows; `loss_mask[b, t]` says that token t is a target that counts."""
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) bool
     loss_mask: Tensor  # (B, T) bool
+    packed_positions: Tensor | None = None  # (B, T), from 0 in each sequence of a row; None: a row is one sequence
 
 
 class RankingBatch(NamedTuple):
@@ -60,6 +62,7 @@ class RankingBatch(NamedTuple):
     group_ids: Tensor  # (N,)
     ranks: Tensor  # (N,) lower is better
     margins: Tensor  # (N,) margin of the row's prompt
+    columns: Tensor  # (N, C) the score columns that compare the row; see `criterion_columns`
 
 
 def sft_batch(examples: Sequence[Example], pad_id: int, device: str | torch.device = "cpu") -> SFTBatch:
@@ -69,15 +72,21 @@ def sft_batch(examples: Sequence[Example], pad_id: int, device: str | torch.devi
     return SFTBatch(input_ids.to(device), attention_mask.to(device), loss_mask.bool().to(device))
 
 
-def ranking_batch(preferences: Sequence[Preference], pad_id: int, device: str | torch.device = "cpu") -> RankingBatch:
-    """Every response of every prompt as one row."""
+def ranking_batch(
+    preferences: Sequence[Preference],
+    pad_id: int,
+    device: str | torch.device = "cpu",
+    names: Sequence[str] = ("score",),
+) -> RankingBatch:
+    """Every response of every prompt as one row, for a head whose scores have these names."""
     rows = [[*p.prompt_ids, *response] for p in preferences for response in p.responses]
     input_ids, attention_mask = pad(rows, pad_id, side="right")
     counts = torch.tensor([len(p.responses) for p in preferences])
     group_ids = torch.arange(len(preferences)).repeat_interleave(counts)
     ranks = torch.tensor([rank for p in preferences for rank in p.ranks])
     margins = torch.tensor([p.margin for p in preferences], dtype=torch.float32)[group_ids]
-    return RankingBatch(*(x.to(device) for x in (input_ids, attention_mask, group_ids, ranks, margins)))
+    columns = criterion_columns([p.criterion for p in preferences], names)[group_ids]
+    return RankingBatch(*(x.to(device) for x in (input_ids, attention_mask, group_ids, ranks, margins, columns)))
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -41,10 +41,13 @@ class Preference(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt to sample from; `text` is the readable prompt, for printed samples."""
+    """A prompt to sample from; what rewards may want to know of it comes after the text."""
 
     input_ids: list[int]
-    text: str
+    text: str  # as people read it
+    messages: Sequence[Message] = ()
+    tools: list[Any] | None = None
+    columns: Mapping[str, Any] = {}  # the record's fields other than `prompt`
 
 
 @dataclass(frozen=True)
@@ -183,19 +186,21 @@ def load_prompts(
     """
     writer = read_template(tokenizer, template)
     dropped = Dropped()
-    asked: list[tuple[str, str, str]] = []  # where, as the template writes it, as people read it
+    asked: list[tuple[str, str, Prompt]] = []  # where, as the template writes it, the prompt without its ids
     for where, record in _records(source, columns, dropped):
         with dropped.at(where):
+            others = {name: value for name, value in record.items() if name != "prompt"}
             for messages, tools in formats.prompts(record, raw=writer.name == "none"):
-                asked.append((where, render_asked(writer, messages, tools), _readable(messages)))
+                prompt = Prompt([], _readable(messages), messages, tools, others)
+                asked.append((where, render_asked(writer, messages, tools), prompt))
 
     items = []
     encoded = encode(tokenizer, [text for _, text, _ in asked])
-    for input_ids, (where, _, text) in zip(encoded, asked, strict=True):
+    for input_ids, (where, _, prompt) in zip(encoded, asked, strict=True):
         if len(input_ids) > max_prompt_length:
             dropped.add(f"prompt longer than max_prompt_length {max_prompt_length}", where)
         else:
-            items.append(Prompt(input_ids, text))
+            items.append(prompt._replace(input_ids=input_ids))
     return items, _report(source, items, dropped, 0, max_bad_records)
 
 

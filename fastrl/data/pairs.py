@@ -62,7 +62,7 @@ def comparison(record: Record, *, raw: bool = False) -> Comparison:
         responses,
         ranks,
         margin=0.0 if margin is None else _number(margin, "margin"),
-        criterion=criterion,
+        criterion=(criterion or "").strip() or None,
         tools=tools_of(record),
     )
 

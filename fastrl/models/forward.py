@@ -6,6 +6,7 @@ past it for a submodule would train nothing, or not synchronise, without a word.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import peft
@@ -44,6 +45,7 @@ class Policy(Tuned):
         temperature: float = 1.0,
         return_entropy: bool = False,
         denominator: float | Tensor | None = None,
+        packed_positions: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities of the last R tokens of each row, or their summed loss; logits are never formed whole.
 
@@ -58,6 +60,8 @@ class Policy(Tuned):
             return_entropy: also return the entropies.
             denominator: positive; the result is then the loss, -sum of the log-probs / denominator. For micro-batches
                 pass the count of the whole batch.
+            packed_positions: (B, T) for rows that hold several sequences: each token's position in its own sequence. No
+                sequence sees another, and its first token, which nothing of its own predicts, does not count.
         Returns:
             (B, R) float32 nats, 0 where masked; with `return_entropy` the pair (log-probs, entropies); with
             `denominator` the 0-d float32 loss.
@@ -73,7 +77,9 @@ class Policy(Tuned):
         if denominator is not None and return_entropy:
             raise ValueError("Policy: return_entropy: expected False with a denominator, got True; take the log-probs")
         start = input_ids.shape[1] - length
-        hidden = self.tuner.hidden(input_ids, attention_mask)[:, start - 1 : -1]  # (B, R, H)
+        hidden = self.tuner.hidden(input_ids, attention_mask, packed_positions)[:, start - 1 : -1]  # (B, R, H)
+        if packed_positions is not None:
+            mask = mask & (packed_positions[:, start:] > 0)
         head = lm_head(self.model)
         arguments = hidden, head.weight, input_ids[:, start:]
         options = {"mask": mask, "temperature": temperature, **head.options()}
@@ -83,7 +89,13 @@ class Policy(Tuned):
 
 
 class Scorer(Tuned):
-    """A reward model or critic with its tuner: a backbone and a `ScoreHead` of C criteria."""
+    """A reward model or critic with its tuner: a backbone and a `ScoreHead` of C criteria, with the weights by which
+    they are one score where one is needed (`one_score`).
+    """
+
+    def __init__(self, tuner: Tuner, weights: Mapping[str, float] | None = None) -> None:
+        super().__init__(tuner)
+        self.weights = dict(weights or {})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, last_only: bool) -> Tensor:
         """(B, C) fp32 scores at each row's last token, or (B, T, C) at every token (what is not kept is unspecified).
@@ -137,13 +149,25 @@ def response_logprobs(
     )
 
 
+def one_score(scorer: nn.Module, scores: Tensor) -> Tensor:
+    """(...) the weighted sum of a scorer's scores (..., C), or without weights those of its one criterion.
+
+    Raises:
+        ValueError: there are several criteria and no weights.
+    """
+    weights = getattr(scorer, "weights", None)
+    return score_head(cast(Any, scorer).model).combine(scores, weights) if weights else only_criterion(scores)
+
+
 def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T) fp32 scores of any reward model or critic of one criterion at every token; see `Scorer.forward`."""
-    return only_criterion(as_scorer(model)(input_ids, attention_mask, last_only=False))
+    """(B, T) fp32 `one_score` of any reward model or critic at every token; see `Scorer.forward`."""
+    scorer = as_scorer(model)
+    return one_score(scorer, scorer(input_ids, attention_mask, last_only=False))
 
 
 def last_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) fp32 scores of any reward model or critic of one criterion at each row's last kept token, on any padding
-    side, with or without eos; see `Scorer.forward`.
+    """(B,) fp32 `one_score` of any reward model or critic at each row's last kept token, on any padding side, with or
+    without eos; see `Scorer.forward`.
     """
-    return only_criterion(as_scorer(model)(input_ids, attention_mask, last_only=True))
+    scorer = as_scorer(model)
+    return one_score(scorer, scorer(input_ids, attention_mask, last_only=True))

@@ -67,6 +67,7 @@ def read_score_fields(adapter: str | Path) -> dict[str, Any]:
 def check_score_head(model: Any, path: str) -> None:
     """Raise ValueError unless the model has a linear head `score` with one output, or one a name of its criteria."""
     head = getattr(model, "score", None)
+    head = getattr(head, "original_module", head)  # as PEFT keeps it beside virtual tokens
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{path}: expected a {type(model).__name__} with a linear head `score`, got none; choose a causal"
@@ -76,12 +77,14 @@ def check_score_head(model: Any, path: str) -> None:
     _check_outputs(head.out_features, names, f"{path}: config.json: num_labels")
 
 
-def check_one_criterion(model: Any, path: str | Path) -> None:
-    """Raise ValueError if a model scores several criteria, where one score is needed."""
+def check_criteria(model: Any, criteria: Sequence[str], path: str | Path) -> None:
+    """Raise ValueError if a model scores several criteria, and not all of these; a model of one score takes any."""
     names = score_head(model).names
-    if len(names) != 1:
+    unknown = sorted(set(criteria) - set(names))
+    if len(names) > 1 and unknown:
         raise ValueError(
-            f"{path}: expected a reward model with one score, got {len(names)} criteria: {', '.join(names)}"
+            f"{path}: criterion: expected some of those that the model scores, {', '.join(names)}, got"
+            f" {', '.join(unknown)}; rename them in the data, or start from a model without a score head"
         )
 
 

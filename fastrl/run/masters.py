@@ -8,7 +8,7 @@ weight with Adam: 2 + 4 (gradient) + 4 (master) + 8, against 4 + 4 + 8 for float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ def master_of(parameter: Tensor) -> Tensor:
 def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor that steps change) of each trainable parameter, in the model's order."""
     return ((name, master_of(p)) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give what is trained the values of `trained` at an earlier time."""
+    for name, tensor in trained(model):
+        tensor.copy_(weights[name])
+    round_masters(model)
 
 
 @torch.no_grad()

@@ -30,18 +30,19 @@ class MetricsLog:
         kept = lines_until(self.path, done) if done else []
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(kept)
+        self._file.flush()
         self._bar = tqdm(total=total, initial=done, desc=title, unit="step", disable=None, leave=False)
         self._total, self._title, self._print_every = total, title, print_every
 
-    def write(self, step: int, kind: str = "train", **metrics: float | int | str | None) -> None:
-        """One record {"step", "kind", **metrics}; a "train" record moves the bar to `step`."""
+    def write(self, step: int, kind: str = "train", **metrics: Any) -> None:
+        """One record {"step", "kind", **metrics}; a "train" record moves the bar to `step`. Lists are not printed."""
         self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         self._file.flush()
         if kind == "train":
             self._bar.update(step - self._bar.n)
         if kind != "train" or step in (1, self._total) or step % self._print_every == 0:
-            shown = " ".join(f"{name}={_short(value)}" for name, value in metrics.items())
-            self.print(f"{self._title} {step}/{self._total} {kind}: {shown}")
+            shown = [f"{name}={_short(value)}" for name, value in metrics.items() if not isinstance(value, list)]
+            self.print(f"{self._title} {step}/{self._total} {kind}: {' '.join(shown)}")
 
     def phase(self, name: str) -> None:
         """Show beside the bar what the run does now."""

@@ -22,7 +22,7 @@ LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
 SAMPLES = "samples.jsonl"
 REPORT = "report.html"
 FILES = (LOG, SAMPLES, RUN, REPORT, "tensorboard")  # of a run, beside its model
-PARTS = ("checkpoints", "base", "critic")  # folders that runs write into their output
+PARTS = ("checkpoints", "base", "critic", "best")  # folders that runs write into their output
 MARK = ".put_aside"
 DISK_ERRORS = ("(os error ", "inline_container", "PytorchStreamWriter")  # of Rust's libraries, and of torch.save
 
@@ -44,8 +44,8 @@ def check_output(settings: Any) -> None:
             raise ValueError(
                 f"output: the run in it would be put aside in {_aside(output)}, which exists; move it away"
             )
-    for name in ("model", "reward_model"):
-        for read in model_folders(getattr(settings, name, "")):
+    for name, model in _models(settings):
+        for read in model_folders(model):
             for written, what in places.items():
                 if written == read or written in read.parents or read in written.parents:
                     raise ValueError(
@@ -96,6 +96,15 @@ def writing(output: str | Path) -> Iterator[None]:
             f"output: {output}: cannot be written: {text} ({shutil.disk_usage(_existing(output)).free >> 20} MiB free)"
             + (f"; the last checkpoint, {newest.parent}, is whole: go on with --resume true" if newest else "")
         ) from error
+
+
+def _models(settings: Any) -> Iterator[tuple[str, str]]:
+    """(option, folder or hub id) of each model that a run reads."""
+    for name in ("model", "reward_model"):
+        yield name, getattr(settings, name, "")
+    rewards = getattr(settings, "rewards", "")
+    for term in rewards.split(",") if isinstance(rewards, str) else rewards:  # WEIGHT*MODEL#CRITERION
+        yield "rewards", term.rpartition("*")[2].partition("#")[0].strip()
 
 
 def _is_put_aside(output: Path, resume: bool) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastrl.run.checkpoint import checkpoints
-from fastrl.run.masters import round_masters, trained
+from fastrl.run.masters import restore, trained
 from fastrl.run.optim import Learner
 
 STATE_FILE = "training_state.pt"
@@ -23,20 +23,24 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return seed * 1_000_003 + step + rank * 2_654_435_761  # torch's generator on CPU sees the last 32 bits
 
 
-def save_state(folder: Path, step: int, settings: Any, learners: Sequence[Learner]) -> None:
-    """Write what later steps depend on, beside the folder's model, after `step` steps."""
+def save_state(folder: Path, step: int, settings: Any, learners: Sequence[Learner], own: Any = None) -> None:
+    """Write what later steps depend on, beside the folder's model, after `step` steps.
+
+    `own` is an object in whose attributes, numbers and tensors, a loop keeps what else its steps change.
+    """
     state = {
         "step": step,
         "settings": plain(settings),
         "models": [{name: tensor.detach() for name, tensor in trained(x.model)} for x in learners],
         "optimizers": [x.optimizer.state_dict() for x in learners],
         "schedules": [x.schedule.state_dict() for x in learners],
+        "own": {} if own is None else dict(vars(own)),
     }
     torch.save(state, folder / STATE_FILE)
 
 
-def load_state(state_file: Path, settings: Any, learners: Sequence[Learner]) -> int:
-    """Bring the learners to the state of a checkpoint; the steps that were made.
+def load_state(state_file: Path, settings: Any, learners: Sequence[Learner], own: Any = None) -> int:
+    """Bring the learners, and the loop's own state, to that of a checkpoint; the steps that were made.
 
     Rates, decay and epsilon are those of the settings, which are the checkpoint's unless `resume_changed` is set.
 
@@ -51,13 +55,12 @@ def load_state(state_file: Path, settings: Any, learners: Sequence[Learner]) -> 
         _check_weights(learner, weights, state_file)
     parts = zip(learners, state["models"], state["optimizers"], state["schedules"], strict=True)
     for learner, weights, optimizer, schedule in parts:
-        with torch.no_grad():
-            for name, tensor in trained(learner.model):
-                tensor.copy_(weights[name])
-        round_masters(learner.model)
+        restore(learner.model, weights)
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({**optimizer, "param_groups": groups})
         _place(learner, schedule["last_epoch"])
+    if own is not None:
+        vars(own).update(state.get("own", {}))
     return state["step"]
 
 

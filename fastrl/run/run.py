@@ -74,6 +74,7 @@ class Run:
         self._signals = StopSignals()
         self._log: RunLog | None = None
         self._learners: Sequence[Learner] = ()
+        self._own: Any = None
         self._save: Callable[[Path], object] = lambda folder: None
         self._entered = self._began = self._reported = time.perf_counter()
 
@@ -100,19 +101,21 @@ class Run:
         """Make the folder this run's, once nothing can be refused any more; see `claim_output`."""
         self.write(lambda: claim_output(self.settings))
 
-    def begin(self, total: int, learners: Sequence[Learner], save: Callable[[Path], object]) -> None:
+    def begin(self, total: int, learners: Sequence[Learner], save: Callable[[Path], object], own: Any = None) -> None:
         """Start the log and, with `resume`, take the learners to the newest checkpoint; `done` says how far that is.
 
         Args:
             save: writes the models into the folder of a checkpoint.
+            own: an object whose attributes, numbers and tensors, the loop's steps change beside the learners; it is
+                kept in checkpoints and brought to the newest one's state.
         """
-        self.total, self._learners, self._save = total, learners, save
+        self.total, self._learners, self._save, self._own = total, learners, save, own
         if self.settings.resume:
             newest = distributed.on_main(lambda: newest_state(self.output))
             if newest is None:
                 print(f"resume: no checkpoint under {self.output / 'checkpoints'} yet: starting from the beginning")
             else:
-                self.step = self.done = load_state(newest, self.settings, learners)
+                self.step = self.done = load_state(newest, self.settings, learners, own)
                 print(f"resume: going on after step {self.done} from {newest.parent}")
         if distributed.is_main():
             log = RunLog(
@@ -206,7 +209,7 @@ class Run:
 
         def write(folder: Path) -> None:
             self._save(folder)
-            save_state(folder, step, self.settings, self._learners)
+            save_state(folder, step, self.settings, self._learners, self._own)
 
         def keep() -> None:
             newest = newest_state(self.output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,20 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.data import pad, shuffled_batches
-from fastrl.models import last_token_scores, response_logprobs, token_scores
-from fastrl.ops import Advantages, AdvantageStats, PPOStats
+from fastrl.models import as_scorer, response_logprobs, token_scores
+from fastrl.ops import Advantages, PPOStats
 from fastrl.rollout import Trajectory, make_trajectory
 from fastrl.run.distributed import gather, share, sum_over_ranks, unshare, world_size
 
 
 class ScoredTrajectory(NamedTuple):
-    """What the four models say about a trajectory before the update."""
+    """What the four models, and the rewards that are added, say about a trajectory before the update."""
 
     scores: Tensor  # (B,)
     logprobs: Tensor  # (B, R)
     entropy: Tensor  # (B, R)
     ref_logprobs: Tensor  # (B, R)
     values: Tensor  # (B, R)
+    parts: Mapping[str, Tensor] = {}  # (B,) what the scores are summed of, where that is more than one number
+
+
+def part_means(scored: ScoredTrajectory) -> dict[str, float]:
+    """Means over responses of what the scores are summed of, before weights: `score/helpful` and its like."""
+    return {f"score/{name}": float(part.double().mean()) for name, part in scored.parts.items()}
 
 
 class Experience(NamedTuple):
@@ -33,6 +39,7 @@ class Experience(NamedTuple):
     attention_mask: Tensor  # (B, P + R) bool
     response_mask: Tensor  # (B, R) bool
     old_logprobs: Tensor  # (B, R)
+    ref_logprobs: Tensor  # (B, R)
     old_values: Tensor  # (B, R)
     advantages: Tensor  # (B, R)
     returns: Tensor  # (B, R)
@@ -64,6 +71,7 @@ def make_experience(trajectory: Trajectory, scored: ScoredTrajectory, shaped: Ad
         attention_mask=trajectory.attention_mask,
         response_mask=trajectory.response_mask,
         old_logprobs=scored.logprobs,
+        ref_logprobs=scored.ref_logprobs,
         old_values=scored.values,
         advantages=shaped.advantages,
         returns=shaped.returns,
@@ -113,12 +121,12 @@ def map_rows(function: Callable[[Trajectory], Sequence[Tensor]], trajectory: Tra
 
 
 def response_scores(scorer: nn.Module, trajectory: Trajectory, size: int) -> Tensor:
-    """(B,) score on the last kept token of each row."""
+    """(B, C) scores, one a criterion, on the last kept token of each row."""
 
-    def score(part: Trajectory) -> list[Tensor]:
-        return [last_token_scores(scorer, part.input_ids, part.attention_mask)]
+    def score(part: Trajectory) -> Sequence[Tensor]:
+        return as_scorer(scorer)(part.input_ids, part.attention_mask, last_only=True).unbind(-1)
 
-    return map_rows(score, trajectory, size)[0]
+    return torch.stack(map_rows(score, trajectory, size), dim=-1)
 
 
 def sampled_logprobs(policy: nn.Module, trajectory: Trajectory, size: int, temperature: float) -> list[Tensor]:
@@ -176,15 +184,3 @@ def merge_stats(parts: Sequence[PPOStats]) -> PPOStats:
     tokens = table[:, 0]
     means = PPOStats(*(table * (tokens / tokens.sum())[:, None]).sum(0))
     return means._replace(tokens=tokens.sum(), ratio_max=torch.stack([x.ratio_max for x in parts]).max())
-
-
-def summarise(trajectory: Trajectory, stats: AdvantageStats, estimator: str) -> dict[str, Any]:
-    """Means over responses: score, reward = score - KL penalty, KL by the named estimator, length, share stopped."""
-    return {
-        "score": float(stats.score_mean),
-        "reward": float(stats.reward_sum_mean),
-        f"kl_{estimator}": float(stats.kl_sum_mean),
-        f"kl_{estimator}_per_token": float(stats.kl_mean),
-        "response_tokens": float(stats.tokens / stats.sequences),
-        "stopped": float(trajectory.stopped.float().mean()),
-    }

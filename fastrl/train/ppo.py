@@ -1,7 +1,7 @@
-"""PPO on a reward model: sample, score, estimate advantages, update policy and critic.
+"""PPO on rewards: sample, score, estimate advantages, update policy and critic.
 
-After Ziegler et al. 2019 and Ouyang et al. 2022: a KL penalty per token inside the reward, a critic of its own that
-starts from the reward model, whitened advantages, clipped policy and value losses. The discount is 1.
+After Ziegler et al. 2019 and Ouyang et al. 2022: a KL penalty per token, a critic of its own that starts from the
+reward model, whitened advantages, clipped policy and value losses, and where asked for the SFT loss on other data.
 
     fastrl ppo --model runs/sft --reward_model runs/reward --data prompts.jsonl --output runs/ppo
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrl.data import Prompt, load_prompts
 from fastrl.data.split import load_split
@@ -26,25 +25,39 @@ from fastrl.masked import masked_mean
 from fastrl.models import Policy, check_context, context_length, load_tokenizer, saves_adapter
 from fastrl.models.saving import save_model
 from fastrl.models.stopping import find_stop_token_ids
-from fastrl.ops import Advantages, ppo_advantages
 from fastrl.rollout import Trajectory, decode_responses, rollout
 from fastrl.run.config import checked, option
 from fastrl.run.distributed import share
 from fastrl.run.metrics import PhaseTimer, append_lines, keep_lines
-from fastrl.run.optim import SCHEDULES, Learner, make_optimizer, make_schedule
+from fastrl.run.optim import SCHEDULES
 from fastrl.run.output import SAMPLES
 from fastrl.run.resume import step_seed
 from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, OptimSettings, RunSettings, SamplingSettings, TunerSettings
-from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, shuffled_indices, summarise
-from fastrl.train.ppo_update import UpdateSettings, update
-from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles
+from fastrl.train.experience import ScoredTrajectory, gather_rows, make_experience, part_means, shuffled_indices
+from fastrl.train.ppo_settings import (
+    AdvantageSettings,
+    KLSettings,
+    LossSettings,
+    PTXSettings,
+    RewardSettings,
+    ScoreSettings,
+    UpdateSettings,
+    without_contradictions,
+)
+from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, see_scores, summarise, unended
+from fastrl.train.ppo_update import make_learners, update
+from fastrl.train.ptx import load_ptx, ptx_batches
+from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles, with_rewards
 
 PRINTED_SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(UpdateSettings, SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings):
+class PPOConfig(
+    PTXSettings, RewardSettings, UpdateSettings, LossSettings, AdvantageSettings, ScoreSettings, KLSettings,
+    SamplingSettings, TunerSettings, OptimSettings, DataSettings, RunSettings,
+):  # fmt: skip
     """PPO"""
 
     model: str = option(MISSING, "SFT policy: folder or hub id; an adapter folder is merged", path=True)
@@ -62,21 +75,16 @@ class PPOConfig(UpdateSettings, SamplingSettings, TunerSettings, OptimSettings, 
     lora_alpha: int = option(0, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     iterations: int = option(200, "rounds of sampling and updating", at_least=1)
     batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
-    kl_coef: float = option(0.05, "weight of the KL penalty in the reward", at_least=0)
-    kl_estimator: str = option(
-        "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
-    )
-    score_clip: float | None = option(None, "scores are clipped to +- this", above=0)
-    gae_lambda: float = option(0.95, "of generalized advantage estimation", at_least=0, at_most=1)
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
+    keep_best: bool = option(False, "also keep the policy of the best held-out score, in output/best")
 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and held-out ones, at most `batch_size`. Too long ones are dropped and counted."""
     models = roles.policy.model, roles.critic.model
     for model in models:
-        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
-    contexts = [context_length(model) or math.inf for model in models]
+        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1", cfg)
+    contexts = [context_length(model, cfg) or math.inf for model in models]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
     return load_split(load_prompts, cfg, tokenizer, holdout=0.1, most=cfg.batch_size, max_prompt_length=room)
 
@@ -103,43 +111,38 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOCo
 
 
 def score_samples(
-    roles: Roles, trajectory: Trajectory, cfg: PPOConfig, timer: PhaseTimer | None = None
+    roles: Roles,
+    trajectory: Trajectory,
+    cfg: PPOConfig,
+    prompts: Sequence[Prompt] = (),
+    timer: PhaseTimer | None = None,
 ) -> ScoredTrajectory:
-    """What reward model, policy, reference and critic say."""
+    """What the rewards, policy, reference and critic say."""
     return score_trajectory(
         roles,
         trajectory,
         micro_batch_size=cfg.micro_batch_size,
         temperature=cfg.temperature,
         no_stop_score=cfg.no_stop_score,
+        prompts=prompts,
         timer=timer,
     )
 
 
-def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: PPOConfig) -> Advantages:
-    """Rewards with the KL penalty, advantages and returns."""
-    return ppo_advantages(
-        scored.logprobs,
-        scored.ref_logprobs,
-        scored.values,
-        scored.scores,
-        mask,
-        kl_coef=cfg.kl_coef,
-        kl_estimator=cfg.kl_estimator,
-        score_clip=cfg.score_clip,
-        gae_lambda=cfg.gae_lambda,
-    )
-
-
 def evaluate(
-    run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig
+    run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, state: PPOState
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
     run.phase("evaluate")
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
-    scored = score_samples(roles, trajectory, cfg)
-    shaped = compute_advantages(scored, trajectory.response_mask, cfg)
-    metrics: dict[str, Any] = summarise(trajectory, shaped.stats, cfg.kl_estimator)
+    scored = score_samples(roles, trajectory, cfg, prompts)
+    shaped = compute_advantages(scored, trajectory.response_mask, cfg, state)
+    metrics: dict[str, Any] = summarise(trajectory, scored.scores, shaped.stats, cfg.kl_estimator) | part_means(scored)
+    if cfg.keep_best:
+        if metrics["score"] > state.best_score:
+            state.best_score, state.best_step = metrics["score"], run.step
+            run.write(lambda: save_model(roles.policy.model, tokenizer, Path(cfg.output) / "best"))
+        metrics |= {"best_score": state.best_score, "best_step": state.best_step}
     run.report(metrics, "eval")
     texts, scores = decode_responses(tokenizer, trajectory), scored.scores.tolist()
     samples = [
@@ -150,18 +153,6 @@ def evaluate(
     return metrics, texts
 
 
-def make_learners(roles: Roles, cfg: PPOConfig) -> list[Learner]:
-    """Optimizer and schedule of policy and critic; a step of a schedule is an iteration."""
-    learners = []
-    for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate)):
-        optimizer = make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
-        schedule = make_schedule(
-            optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations
-        )
-        learners.append(Learner(model, optimizer, schedule))
-    return learners
-
-
 def main(cfg: PPOConfig, sink: Sink | None = None) -> dict[str, Any]:
     """Train, evaluate and save; returns the final metrics. A sink gets each record of metrics.
 
@@ -169,7 +160,7 @@ def main(cfg: PPOConfig, sink: Sink | None = None) -> dict[str, Any]:
         ValueError: a setting, a model, its tokenizer or the data do not fit.
         NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
     """
-    cfg = checked(cfg)
+    cfg = without_contradictions(checked(cfg))
     with Run(cfg, "ppo", sink) as run:
         return train(cfg, run)
 
@@ -179,9 +170,12 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     # models, prompts; the folder is this run's once nothing can be refused
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=run.device)
+    on = {"dtype": cfg.dtype, "device": run.device}
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, weights=cfg.reward_weights, **on)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
+    roles = with_rewards(roles, cfg, tokenizer, [*prompts, *held_out])
+    others = load_ptx(cfg, roles.policy, tokenizer)
     run.claim()
     if saves_adapter(cfg):
         run.write(lambda: save_merged_bases(roles, tokenizer, cfg.output))
@@ -192,14 +186,16 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         save_model(roles.policy.model, tokenizer, folder)
         save_model(roles.critic.model, tokenizer, folder / "critic")
 
-    run.begin(cfg.iterations, learners, save)
+    state = PPOState(cfg.kl_coef)
+    run.begin(cfg.iterations, learners, save, state)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
+    mixed = ptx_batches(others, cfg, run.done)
     timer = PhaseTimer(run.device, run.phase)
     metrics: dict[str, Any] = {}
     samples = run.write(lambda: keep_lines(Path(cfg.output) / SAMPLES, run.done or -1))
     before = [sample["response"] for sample in samples if sample["step"] == 0]
     if run.done == 0:
-        metrics, before = evaluate(run, roles, tokenizer, held_out, cfg)
+        metrics, before = evaluate(run, roles, tokenizer, held_out, cfg, state)
 
     for iteration in run.steps():
         # 1 sample a response to each prompt
@@ -207,25 +203,31 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         with timer.phase("sample"):
             trajectory = sample(roles.policy, tokenizer, chosen, cfg, iteration)
         mask = trajectory.response_mask
+        if warning := unended(state, trajectory, cfg):
+            run.print(warning)
 
         # 2 score the responses, 3 log-probs of policy and reference, values of the critic
-        scored = score_samples(roles, trajectory, cfg, timer)
+        scored = score_samples(roles, trajectory, cfg, chosen, timer)
 
-        # 4 KL penalty and score into rewards, generalized advantages, whitening
+        # 4 shaped scores and KL penalty into rewards, generalized advantages, whitening
         with timer.phase("advantages"):
-            shaped = compute_advantages(scored, mask, cfg)
+            see_scores(state, scored.scores, cfg)
+            shaped = compute_advantages(scored, mask, cfg, state)
 
-        # 5 minibatch epochs on policy and critic
+        # 5 minibatch epochs on policy and critic, with the SFT loss on other data
         experience = make_experience(trajectory, scored, shaped)
         lr = learners[0].learning_rate
         with timer.phase("update"):
-            updated = update(run, roles, learners, experience, cfg, temperature=cfg.temperature)
+            ptx, pad_id = next(mixed, []), tokenizer.pad_token_id
+            updated = update(run, roles, learners, experience, cfg, kl_coef=state.kl_coef, ptx=ptx, pad_id=pad_id)
         for learner in learners:
             learner.schedule.step()
 
-        # 6 report, over kept tokens only
+        # 6 report, over kept tokens only; the reported KL adapts its coefficient
         report = {
-            **summarise(trajectory, shaped.stats, cfg.kl_estimator),
+            **summarise(trajectory, scored.scores, shaped.stats, cfg.kl_estimator),
+            **part_means(scored),
+            **adapt(state, shaped.stats, cfg),
             "entropy": float(masked_mean(scored.entropy, mask)),
             "value": float(shaped.stats.value_mean),
             "explained_variance": float(shaped.stats.explained_variance),
@@ -237,7 +239,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
 
         # 7 evaluate, show samples, keep the weights
         if run.due(cfg.eval_every) or iteration == cfg.iterations:
-            metrics, texts = evaluate(run, roles, tokenizer, held_out, cfg)
+            metrics, texts = evaluate(run, roles, tokenizer, held_out, cfg, state)
             for prompt, *answers in list(zip(held_out, before, texts, strict=True))[:PRINTED_SAMPLES]:
                 run.print("  prompt: {!r}\n  before: {!r}\n  now:    {!r}".format(prompt.text, *answers))
             run.save(iteration)

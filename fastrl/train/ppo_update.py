@@ -1,17 +1,19 @@
-"""PPO's update: minibatch epochs of policy and critic on the experience of an iteration."""
+"""PPO's update: the optimizers, and minibatch epochs of policy and critic on the experience of an iteration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastrl.data import Example
 from fastrl.ops import PPOStats, ppo_loss
-from fastrl.run.config import option
-from fastrl.run.distributed import share
-from fastrl.run.optim import Learner
+from fastrl.rlhf.kl import kl_penalty
+from fastrl.run.distributed import share, sum_over_ranks
+from fastrl.run.optim import Learner, make_optimizer, make_schedule
 from fastrl.run.run import Run
 from fastrl.train.epochs import accumulate
 from fastrl.train.experience import (
@@ -23,20 +25,20 @@ from fastrl.train.experience import (
     minibatches,
     select_rows,
 )
+from fastrl.train.ptx import ptx_gradients
 from fastrl.train.roles import Roles
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpdateSettings:
-    """Updates"""
-
-    minibatch_size: int = option(32, "responses per optimizer step", at_least=1)
-    micro_batch_size: int = option(8, "responses per forward pass; does not change the result", at_least=1)
-    epochs: int = option(4, "passes over the responses of an iteration", at_least=1)
-    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this", above=0)
-    target_kl: float | None = option(
-        None, "ends the updates of an iteration once approx_kl and the size of ppo_kl are above it", above=0
-    )
+def make_learners(roles: Roles, cfg: Any) -> list[Learner]:
+    """Optimizer and schedule of policy and critic; a step of a schedule is an iteration."""
+    learners = []
+    for model, rate in ((roles.policy, cfg.learning_rate), (roles.critic, cfg.critic_learning_rate)):
+        optimizer = make_optimizer(model, learning_rate=rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
+        schedule = make_schedule(
+            optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=cfg.iterations
+        )
+        learners.append(Learner(model, optimizer, schedule))
+    return learners
 
 
 def update(
@@ -44,40 +46,54 @@ def update(
     roles: Roles,
     learners: Sequence[Learner],
     experience: Experience,
-    settings: UpdateSettings,
+    cfg: Any,
     *,
-    temperature: float,
+    kl_coef: float,
+    ptx: Sequence[Sequence[Example]] = (),
+    pad_id: int = 0,
 ) -> dict[str, float]:
-    """Minibatch epochs of PPO on policy and critic; statistics over all of them, weighted by tokens."""
+    """Minibatch epochs of PPO on policy and critic; statistics over all of them, weighted by tokens.
+
+    Args:
+        cfg: `ppo_settings.UpdateSettings`, `LossSettings`, `KLSettings`, `PTXSettings`, and `temperature`.
+        kl_coef: weight of the KL to the reference, where it is in the loss.
+        ptx: for each optimizer step the examples whose SFT loss is added, padded with `pad_id`; empty: none.
+    """
     history: list[PPOStats] = []
     norms: list[list[float]] = []
+    ptx_losses: list[Tensor] = []
     rows_of_epochs = minibatches(
         len(experience.returns),
-        settings.minibatch_size,
-        epochs=settings.epochs,
+        cfg.minibatch_size,
+        epochs=cfg.epochs,
         seed=run.settings.seed,
         iteration=run.step,
     )
-    for rows in rows_of_epochs:
+    for step, rows in enumerate(rows_of_epochs):
         parts: list[PPOStats] = []
         loss_of = partial(
             minibatch_loss,
             roles=roles,
             experience=experience,
-            temperature=temperature,
-            clip_coef=settings.clip_coef,
+            cfg=cfg,
+            kl_coef=kl_coef,
             kept=int(experience.response_mask[rows].sum()),  # of all micro-batches, so that they add up
             parts=parts,
         )
-        loss = accumulate(share(by_length(experience, rows)), settings.micro_batch_size, loss_of)
+        loss = accumulate(share(by_length(experience, rows)), cfg.micro_batch_size, loss_of)
+        if ptx:
+            ptx_losses.append(ptx_gradients(roles.policy, ptx[step], cfg, pad_id))
+            loss = loss + ptx_losses[-1]
         norms.append(run.update(loss, *learners)[1])
         history.append(merge_stats(gather_stats(parts)))
-        if settings.target_kl is not None and exceeds(history[-1], settings.target_kl):
+        if cfg.target_kl is not None and exceeds(history[-1], cfg.target_kl):
             break
     means = {name: float(value) for name, value in merge_stats(history)._asdict().items()}
     means["ppo_kl"] = means.pop("kl")  # verl's name; kl_k1 and its like are of the reference
     for unused in ("tokens", "entropy", "explained_variance"):  # of the rollout, reported by the caller
         del means[unused]
+    if ptx:
+        means["ptx_loss"] = float(sum_over_ranks(torch.stack(ptx_losses).mean())) / cfg.ptx_coef
     return {
         **means,
         "first_approx_kl": float(history[0].approx_kl),
@@ -92,14 +108,19 @@ def minibatch_loss(
     *,
     roles: Roles,
     experience: Experience,
-    temperature: float,
-    clip_coef: float,
+    cfg: Any,
+    kl_coef: float,
     kept: int,
     parts: list[PPOStats],
 ) -> Tensor:
     """Loss of policy and critic on rows of a minibatch that keeps `kept` tokens; its statistics go to `parts`."""
     batch = select_rows(experience, rows)
-    logprobs = roles.policy(batch.input_ids, batch.attention_mask, batch.response_mask, temperature=temperature)
+    mask = batch.response_mask
+    with_entropy = cfg.ent_coef > 0  # of this pass: the bonus has to reach the policy's weights
+    passed = roles.policy(
+        batch.input_ids, batch.attention_mask, mask, temperature=cfg.temperature, return_entropy=with_entropy
+    )
+    logprobs, entropy = passed if with_entropy else (passed, None)
     loss, stats = ppo_loss(
         logprobs,
         batch_values(roles.critic, batch),
@@ -107,11 +128,19 @@ def minibatch_loss(
         batch.old_values,
         batch.advantages,
         batch.returns,
-        batch.response_mask,
-        clip_coef=clip_coef,
+        mask,
+        entropy=entropy,
+        clip_coef=cfg.clip_coef,
+        vf_clip_coef=cfg.vf_clip_coef,
+        vf_coef=cfg.vf_coef,
+        ent_coef=cfg.ent_coef,
+        dual_clip=cfg.dual_clip,
         denominator=kept,
     )
     parts.append(stats)
+    if cfg.kl_in == "loss":
+        estimator = cfg.kl_estimator
+        loss = loss + kl_coef * kl_penalty(logprobs, batch.ref_logprobs, mask, estimator=estimator, denominator=kept)
     return loss
 
 

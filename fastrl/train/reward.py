@@ -1,9 +1,12 @@
-"""Reward model: a scalar head on the last kept token, trained on ranked responses.
+"""Reward model: a score on the last kept token, trained on ranked responses.
 
 The loss is InstructGPT's K-wise one (pairs are K = 2): all responses of a prompt are in the same
-batch, and each prompt weighs the same however many pairs it has. Different from the paper: the
-scores are normalised to mean 0 and variance 1 at the end, over the training prompts' responses;
-the gain goes into the head, the bias into config.json as `fastrl_score_bias`.
+batch, and each prompt weighs the same however many pairs it has. Where the records name several
+criteria (helpful, harmless, ...) the head has a score for each: a comparison trains that of its
+criterion, one that names none trains all, by the mean of their losses. Different from the paper:
+each score is normalised to mean 0 and variance 1 at the end, over the responses of all training
+prompts whatever their criterion, so that weights compare like with like; the gain goes into the
+head, the bias into config.json as `fastrl_score_bias`.
 
     fastrl reward --model runs/sft --data preferences.jsonl --output runs/reward
 """
@@ -21,27 +24,30 @@ from torch import Tensor
 
 from fastrl.data import Preference, load_preferences, shuffled_batches
 from fastrl.data.batches import chunks, ranking_batch
+from fastrl.data.criteria import check_trained, several_criteria
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import (
     Scorer,
+    as_scorer,
     check_context,
     check_tuner,
-    last_token_scores,
     load_tokenizer,
+    score_head,
     start_scalar_model,
 )
 from fastrl.models.heads import normalize_head
 from fastrl.models.probe import check_scalar
 from fastrl.models.saving import save_model
 from fastrl.models.score_heads import pad_apart, set_pad_token
-from fastrl.ops import ranking_loss
 from fastrl.run.config import checked, option
 from fastrl.run.distributed import share, unshare
 from fastrl.run.run import Run, Sink
 from fastrl.run.settings import DataSettings, EpochSettings, HeldOutSettings, OptimSettings, RunSettings, TunerSettings
+from fastrl.train.early_stop import EarlyStop
 from fastrl.train.epochs import accumulate, begin_epochs, learn
 from fastrl.train.losses import reward_loss
+from fastrl.train.reward_metrics import held_out_metrics, train_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,49 +62,39 @@ class RewardConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings,
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)", at_least=0)
     center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0", at_least=0)
     normalize_prompts: int = option(2000, "training prompts that set mean and variance; 0: all", at_least=0)
+    patience: int = option(
+        0, "evaluations without a better accuracy that end the run, with the best weights; 0: off", at_least=0
+    )
 
 
 @torch.no_grad()
 def score_preferences(model: Any, preferences: Sequence[Preference], pad_id: int, micro_batch_size: int) -> Tensor:
-    """(N,) scores of all responses of all preferences, in order, without dropout."""
+    """(N, C) scores of all responses of all preferences, in order, without dropout."""
     model.eval()
     scores = []
     for micro in chunks(share(preferences), micro_batch_size):
         batch = ranking_batch(micro, pad_id, model.device)
-        scores.append(last_token_scores(model, batch.input_ids, batch.attention_mask))
+        scores.append(as_scorer(model)(batch.input_ids, batch.attention_mask, last_only=True))
     return all_scores(scores, preferences, model.device)
 
 
 def all_scores(parts: Sequence[Tensor], preferences: Sequence[Preference], device: torch.device) -> Tensor:
-    """(N,) scores of all responses of all preferences; `parts` are those of this rank's share, in order."""
+    """(N, C) scores of all responses of all preferences; `parts` are those of this rank's share, in order."""
     values = iter(torch.cat(list(parts)).tolist() if parts else [])
     own = [list(islice(values, len(p.responses))) for p in share(preferences)]
     return torch.tensor(list(chain.from_iterable(unshare(own))), device=device)
 
 
-def ranking_metrics(scores: Tensor, preferences: Sequence[Preference]) -> dict[str, float]:
-    """Loss and pairwise accuracy of scores, in all and per criterion."""
-    batch = ranking_batch(preferences, 0, scores.device)
-    loss, stats = ranking_loss(scores, batch.group_ids, batch.ranks, margins=batch.margins)
-    metrics = {"eval_loss": float(loss), "eval_accuracy": float(stats.accuracy)}
-    criteria = [p.criterion for p in preferences]
-    for criterion in sorted({c for c in criteria if c is not None}):
-        rows = torch.tensor([c == criterion for c in criteria], device=scores.device)
-        rows = rows[batch.group_ids]
-        _, stats = ranking_loss(scores[rows], batch.group_ids[rows], batch.ranks[rows])
-        metrics[f"eval_accuracy/{criterion}"] = float(stats.accuracy)
-    return metrics
-
-
 def report_held_out(
     run: Run, scorer: Scorer, tokenizer: Any, held_out: Sequence[Preference], cfg: RewardConfig
-) -> dict[str, float]:
-    """Held-out loss and accuracy, and scored answers to the first few prompts; {} if none."""
+) -> dict[str, Any]:
+    """`held_out_metrics`, and scored answers to the first few prompts; {} if there is nothing held out."""
     if not held_out:
         return {}
     run.phase("evaluate")
     scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
-    metrics = ranking_metrics(scores, held_out)
+    names = score_head(scorer.model).names
+    metrics = held_out_metrics(scores, held_out, names)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     remaining = iter(scores.tolist())
@@ -106,26 +102,42 @@ def report_held_out(
         prompt = tokenizer.decode(preference.prompt_ids)
         run.print(f"  prompt: {prompt!r}")
         for rank, response in zip(preference.ranks, preference.responses, strict=True):
-            text, score = tokenizer.decode(response, skip_special_tokens=True), next(remaining)
-            run.samples([{"prompt": prompt, "response": text, "rank": rank, "score": score}])
-            run.print(f"  score {score:+.3f} (rank {rank}): {text!r}")
+            text, values = tokenizer.decode(response, skip_special_tokens=True), next(remaining)
+            scores_of = dict(zip(names, values, strict=True))
+            run.samples([{"prompt": prompt, "response": text, "rank": rank, **scores_of}])
+            run.print(f"  {', '.join(f'{n} {score:+.3f}' for n, score in scores_of.items())} (rank {rank}): {text!r}")
     return metrics
 
 
 def normalize_scores(model: Any, scores: Tensor) -> dict[str, float]:
-    """Make the given scores of `model` have mean 0 and (population) variance 1.
+    """Make each column of the given scores (N, C) of `model` have mean 0 and (population) variance 1; what they were.
 
     score' = (score - mean) / std: the gain is folded into the head's weight, the bias is kept in
     the config, where it is subtracted from the head's output by `Scorer.forward`.
     """
-    mean, std = scores.mean().item(), scores.std(correction=0).item()
-    if not std > 1e-6:
+    names = score_head(model).names
+    mean = [column.mean().item() for column in scores.T]
+    std = [column.std(correction=0).item() for column in scores.T]
+    for name, m, s in zip(names, mean, std, strict=True):
+        if not s > 1e-6:
+            raise ValueError(
+                f"normalize_scores: {name}: expected scores with some variance, got mean {m}, std {s}:"
+                " the reward model tells no responses apart; train longer or check the preferences"
+            )
+    normalize_head(model, mean, std)
+    if len(names) == 1:
+        return {"score_mean": mean[0], "score_std": std[0]}
+    numbers = {"score_mean": mean, "score_std": std}
+    return {f"{what}/{name}": x for what, xs in numbers.items() for name, x in zip(names, xs, strict=True)}
+
+
+def check_early_stop(cfg: RewardConfig, held_out: Sequence[Preference]) -> None:
+    """Raise ValueError if the run is to end by evaluations and makes none."""
+    if cfg.patience and not (cfg.eval_every and held_out):
         raise ValueError(
-            f"normalize_scores: scores: expected some variance, got mean {mean}, std {std}:"
-            " the reward model tells no responses apart; train longer or check the preferences"
+            f"patience: {cfg.patience}: expected evaluations, with eval_every above 0 and held-out preferences, got"
+            f" eval_every {cfg.eval_every} and {len(held_out)} held-out preferences"
         )
-    normalize_head(model, [mean], [std])
-    return {"score_mean": mean, "score_std": std}
 
 
 def main(cfg: RewardConfig, sink: Sink | None = None) -> dict[str, Any]:
@@ -142,28 +154,35 @@ def main(cfg: RewardConfig, sink: Sink | None = None) -> dict[str, Any]:
 
 def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
     """The steps of `main`."""
-    # 1 model, its score head drawn or its own, and tokenizer
+    # 1 preferences and their criteria
     tokenizer = load_tokenizer(cfg.model)
     record_template(tokenizer, cfg.template)
-    model: Any = start_scalar_model(cfg.model, dtype=cfg.dtype, device=run.device)
+    items, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
+    held_out = held_out[: cfg.eval_limit or None]
+    check_early_stop(cfg, held_out)
+    criteria = [p.criterion for p in items]
+
+    # 2 model, its score head drawn or its own
+    model: Any = start_scalar_model(
+        cfg.model, several_criteria(criteria, [p.criterion for p in held_out]), dtype=cfg.dtype, device=run.device
+    )
+    names = score_head(model).names
+    check_trained(names, criteria)
     pad_apart(tokenizer, cfg.template)
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
-    check_context(model, cfg.max_length, "max_length")
+    check_context(model, cfg.max_length, "max_length", cfg)
     check_tuner(model, cfg)
-
-    # 2 preferences
-    items, held_out = load_split(load_preferences, cfg, tokenizer, holdout=cfg.holdout, max_length=cfg.max_length)
-    held_out = held_out[: cfg.eval_limit or None]
 
     # 3 tuner, optimizer, schedule, batches
     scorer, learner, batches = begin_epochs(run, cfg, model, tokenizer, items, Scorer)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
+    stop = EarlyStop(run, scorer, cfg.patience)
     if run.done == 0:
-        report_held_out(run, scorer, tokenizer, held_out, cfg)
+        stop.note(report_held_out(run, scorer, tokenizer, held_out, cfg))
 
     def loss_of(micro: Sequence[Preference], count: int, scores: list[Tensor]) -> Tensor:
-        batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device)
+        batch = ranking_batch(micro, tokenizer.pad_token_id, scorer.device, names)
         loss, micro_scores = reward_loss(scorer, batch, center_coef=cfg.center_coef)
         scores.append(micro_scores)
         return loss * (len(micro) / count)
@@ -178,18 +197,22 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
         # 5 update, and report with the accuracy before it
         metrics = learn(run, learner, loss)
         before = all_scores(scores, prompts, scorer.device)
-        metrics |= {"accuracy": ranking_metrics(before, prompts)["eval_accuracy"]}
+        metrics |= {"accuracy": train_accuracy(before, prompts, names)}
         run.report(metrics, tokens=sum(map(_tokens, prompts)))
         if run.due(cfg.eval_every) and step < run.total:
-            report_held_out(run, scorer, tokenizer, held_out, cfg)
+            stop.note(report_held_out(run, scorer, tokenizer, held_out, cfg))
+            if stop.over:
+                break
 
     # 6 evaluate, normalise and save
-    metrics |= report_held_out(run, scorer, tokenizer, held_out, cfg)
+    if not stop.noted:
+        stop.note(report_held_out(run, scorer, tokenizer, held_out, cfg))
+    metrics |= stop.finish()
     seen = next(shuffled_batches(len(items), cfg.normalize_prompts or len(items), seed=cfg.seed, epoch=0))
     raw = score_preferences(scorer, [items[i] for i in seen], tokenizer.pad_token_id, cfg.micro_batch_size)
     metrics |= normalize_scores(scorer.model, raw)
     run.write(lambda: save_model(scorer.model, tokenizer, cfg.output))
-    return {"steps": run.total, "output": cfg.output, **metrics}
+    return {"steps": run.step, "output": cfg.output, **metrics}
 
 
 def _length(preference: Preference) -> int:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from fastrl.data import Prompt
 from fastrl.models import (
     Policy,
     Scorer,
     check_tuner,
+    describe,
     load_policy,
     load_scalar_model,
     load_tokenizer,
+    only_criterion,
+    score_head,
     tune,
 )
 from fastrl.models.probe import check_policy, check_scalar
 from fastrl.models.saving import save_merged_base
-from fastrl.models.score_heads import check_one_criterion
 from fastrl.models.tuners import Full, TunerSettings
+from fastrl.rlhf.rewards import check_weights, parse_weights
 from fastrl.rollout import Trajectory
 from fastrl.run.metrics import PhaseTimer
 from fastrl.train.experience import ScoredTrajectory, response_scores, response_values, sampled_logprobs
+from fastrl.train.rewards import Rewards, add_rewards, load_rewards
 
 
 class Roles(NamedTuple):
@@ -30,6 +37,8 @@ class Roles(NamedTuple):
 
     policy: Policy
     critic: Scorer
+    weights: Mapping[str, float] = {}  # of the reward model's criteria in the score; none: its one criterion
+    rewards: Rewards | None = None  # added to it
 
 
 def load_roles(
@@ -38,14 +47,20 @@ def load_roles(
     tokenizer: Any,
     *,
     tuner: TunerSettings,
+    weights: str | Mapping[str, float] = "",
     dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> Roles:
     """Policy and critic as they are loaded, for `tune_roles` once nothing can be refused any more.
 
+    Args:
+        weights: of the reward model's criteria, as `reward_weights`. The critic's value is the same weighted sum, but
+            the plain one where all weights are 0.
     Raises:
-        ValueError: the reward model has another vocabulary than the policy, or several criteria; a tuner does not fit.
+        ValueError: the reward model has another vocabulary than the policy, or other criteria than there are weights
+            for; a tuner does not fit.
     """
+    weights = parse_weights(weights)
     if load_tokenizer(reward_path).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"ppo: reward_model {reward_path}: expected the tokenizer of the policy {policy_path},"
@@ -54,11 +69,26 @@ def load_roles(
     policy: Any = load_policy(policy_path, dtype=dtype, device=device)
     check_policy(policy, tokenizer, policy_path)
     critic: Any = load_scalar_model(reward_path, dtype=dtype, device=device)
-    check_one_criterion(critic, reward_path)
+    check_weights(weights, score_head(critic).names, reward_path)
     check_scalar(critic, tokenizer, reward_path)
     for model in (policy, critic):
         check_tuner(model, tuner)
-    return Roles(Policy(Full(policy)), Scorer(Full(critic)))
+    of_value = weights if any(weights.values()) else dict.fromkeys(weights, 1.0)
+    return Roles(Policy(Full(policy)), Scorer(Full(critic), of_value), weights)
+
+
+def with_rewards(roles: Roles, settings: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Roles:
+    """The roles with what `settings.rewards` names; see `load_rewards`."""
+    rewards = load_rewards(
+        settings.rewards,
+        tokenizer,
+        prompts,
+        taken=part_names(roles),
+        max_new_tokens=settings.max_new_tokens,
+        dtype=settings.dtype,
+        device=roles.critic.device,
+    )
+    return roles._replace(rewards=rewards)
 
 
 def save_merged_bases(roles: Roles, tokenizer: Any, output: str | Path) -> None:
@@ -74,7 +104,10 @@ def tune_roles(roles: Roles, settings: TunerSettings) -> Roles:
     torch's global generator.
     """
     policy, critic = (tune(model, settings, keep_loaded=True) for model in (roles.policy.model, roles.critic.model))
-    return Roles(Policy(policy).eval(), Scorer(critic).eval())
+    tuned = Policy(policy).eval(), Scorer(critic, roles.critic.weights).eval()
+    for name, role in zip(("policy", "critic"), tuned, strict=True):
+        print(f"{name}: {describe(role, settings)}")
+    return roles._replace(policy=tuned[0], critic=tuned[1])
 
 
 @torch.no_grad()
@@ -85,15 +118,20 @@ def score_trajectory(
     micro_batch_size: int,
     temperature: float = 1.0,
     no_stop_score: float | None = None,
+    prompts: Sequence[Prompt] = (),
     timer: PhaseTimer | None = None,
 ) -> ScoredTrajectory:
     """Scores, log-probs of policy and reference, values: forward passes over `micro_batch_size` rows.
 
-    A response that no stop token ended gets `no_stop_score` where that is given.
+    A response that no stop token ended gets `no_stop_score` where that is given. The prompts are for the rewards that
+    are added.
     """
     timer = timer or PhaseTimer()
-    with timer.phase("score"), roles.critic.tuner.off():
-        scores = response_scores(roles.critic, trajectory, micro_batch_size)
+    with timer.phase("score"):
+        scores, parts = reward_scores(roles, trajectory, micro_batch_size)
+        if roles.rewards:
+            scores, added = add_rewards(scores, roles.rewards, prompts, trajectory, micro_batch_size)
+            parts |= added
         if no_stop_score is not None:
             scores = torch.where(trajectory.stopped, scores, no_stop_score)
     with timer.phase("logprobs"):
@@ -101,4 +139,19 @@ def score_trajectory(
         with roles.policy.tuner.off():
             ref_logprobs, _ = sampled_logprobs(roles.policy, trajectory, micro_batch_size, temperature)
         values = response_values(roles.critic, trajectory, micro_batch_size)
-    return ScoredTrajectory(scores, logprobs, entropy, ref_logprobs, values)
+    return ScoredTrajectory(scores, logprobs, entropy, ref_logprobs, values, parts if len(parts) > 1 else {})
+
+
+def reward_scores(roles: Roles, trajectory: Trajectory, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reward model's score (B,), and what it is summed of, by name."""
+    with roles.critic.tuner.off():
+        columns = response_scores(roles.critic, trajectory, size)
+    head = score_head(roles.critic.model)
+    scores = head.combine(columns, roles.weights) if roles.weights else only_criterion(columns)
+    return scores, dict(zip(part_names(roles), columns.unbind(-1), strict=True))
+
+
+def part_names(roles: Roles) -> tuple[str, ...]:
+    """As what the parts of the reward model's score are reported: its criteria, or `reward_model` if it has one."""
+    names = score_head(roles.critic.model).names
+    return names if len(names) > 1 else ("reward_model",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastrl.cli import COMMANDS
 
 MODULES = {name: importlib.import_module(module) for name, (module, config, _) in COMMANDS.items() if config}
 MAINS = {name: (module.main, getattr(module, COMMANDS[name][1])) for name, module in MODULES.items()}  # and settings
-LOOPS = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
+LOOPS = ["sft", "sft, full", "reward", "ppo", "ppo, full", "sft, bitfit", "sft, prefix"]
 
 
 def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Callable[[Any], Any], Any]:
@@ -34,6 +35,19 @@ def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Calla
         options = {"holdout": 0.2, "max_length": 64, "warmup_steps": 2}
     main, config = MAINS[name]
     return main, config(**common, **options)
+
+
+def everything(cfg: Any) -> Any:
+    """PPO with all that has a state, data or a gradient of its own."""
+    penalty = {"kl_target": 0.5, "kl_horizon": 10, "kl_in": "loss", "kl_estimator": "k3"}
+    scores = {"score_norm": True, "length_penalty": 0.1, "length_free": 2, "score_clip": 1.5}
+    loss = {"ent_coef": 0.01, "dual_clip": 3.0, "ptx_data": cfg.data, "ptx_batch_size": 3, "ptx_max_length": 64}
+    return replace(cfg, **penalty, **scores, **loss, keep_best=True)
+
+
+def brevity(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward."""
+    return [-float(len(response)) for response in responses]
 
 
 def reported(folder: str, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -28,9 +28,9 @@ from fastrl.train.experience import (
     merge_stats,
     response_scores,
     select_rows,
-    summarise,
 )
-from fastrl.train.ppo import PPOConfig, compute_advantages, main, sample, score_samples
+from fastrl.train.ppo import PPOConfig, main, sample, score_samples
+from fastrl.train.ppo_state import PPOState, compute_advantages, summarise
 from fastrl.train.ppo_update import update
 from fastrl.train.roles import load_roles, tune_roles
 
@@ -114,7 +114,8 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
 
 def experience_of(roles, cfg: PPOConfig, trajectory: Trajectory) -> Experience:
     scored = score_samples(roles, trajectory, cfg)
-    return make_experience(trajectory, scored, compute_advantages(scored, trajectory.response_mask, cfg))
+    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState(cfg.kl_coef))
+    return make_experience(trajectory, scored, shaped)
 
 
 def trained(model):
@@ -131,7 +132,7 @@ def update_once(roles, experience: Experience, cfg: PPOConfig, rate: float) -> d
         learners.append(
             Learner(model, optimizer, make_schedule(optimizer, kind="constant", warmup_steps=0, total_steps=1))
         )
-    return update(run, roles, learners, experience, cfg, temperature=cfg.temperature)
+    return update(run, roles, learners, experience, cfg, kl_coef=cfg.kl_coef)
 
 
 # ---- the data flow ----
@@ -181,7 +182,7 @@ def test_advantages_of_a_hand_computed_row(config):
         ref_logprobs=torch.tensor([[-2.0, -1.0, -9.0]]),
         values=torch.tensor([[0.5, 1.0, 7.0]]),
     )
-    shaped = compute_advantages(scored, torch.tensor([[True, True, False]]), cfg)
+    shaped = compute_advantages(scored, torch.tensor([[True, True, False]]), cfg, PPOState(cfg.kl_coef))
     torch.testing.assert_close(shaped.kl, torch.tensor([[1.0, -1.0, 0.0]]))
     torch.testing.assert_close(shaped.rewards, torch.tensor([[-0.5, 2.5, 0.0]]))
     # one-step errors: -0.5 + 1.0 - 0.5 = 0 and 2.5 - 1.0 = 1.5; returns add the values
@@ -198,7 +199,7 @@ def test_score_is_on_the_last_kept_token_when_eos_is_the_pad_token(tiny_scalar):
         for row, (prompt, response) in enumerate(SEQUENCES):
             ids = torch.tensor([prompt + response])
             hidden = reward_model.model(input_ids=ids).last_hidden_state[0, -1]
-            torch.testing.assert_close(scores[row], reward_model.score(hidden)[0], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(scores[row], reward_model.score(hidden), atol=2e-5, rtol=1e-4)
 
 
 def test_select_rows_drops_common_padding_only():
@@ -229,12 +230,12 @@ def test_metrics_ignore_masked_positions(config):
         roles, _ = ready(cfg)
         scored = score_samples(roles, TRAJECTORY, cfg)
         mask = TRAJECTORY.response_mask
-        logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in scored[1:])
-        shaped = compute_advantages(
-            scored._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), mask, cfg
-        )
-        experience = Experience(*TRAJECTORY[:2], mask, logprobs, values, *shaped[:2])
-        results.append([summarise(TRAJECTORY, shaped.stats, "k1"), update_once(roles, experience, cfg, 1e-3)])
+        logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in scored[1:5])
+        scored = scored._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+        shaped = compute_advantages(scored, mask, cfg, PPOState(cfg.kl_coef))
+        experience = make_experience(TRAJECTORY, scored, shaped)
+        summary = summarise(TRAJECTORY, scored.scores, shaped.stats, cfg.kl_estimator)
+        results.append([summary, update_once(roles, experience, cfg, 1e-3)])
     assert results[0] == results[1]
     assert results[0][0]["response_tokens"] == pytest.approx(8 / 3)
     assert results[0][0]["stopped"] == pytest.approx(2 / 3)

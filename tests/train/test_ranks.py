@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from loops import LOOPS, reported, tiny_run
+from loops import LOOPS, everything, reported, tiny_run
 from safetensors.torch import load_file
 
 from fastrl import cli
@@ -39,11 +39,13 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
     def build(name: str, **changes):
         loop, _, kind = name.partition(", ")
         folder = tmp_path_factory.mktemp("data")
-        _, cfg = tiny_run(name if kind == "full" else loop, folder, tiny_policy, tiny_scalar)
+        _, cfg = tiny_run(loop if kind == "bf16" else name, folder, tiny_policy, tiny_scalar)
         if loop == "ppo":
             cfg = replace(cfg, iterations=2, eval_every=1, target_kl=0.05, no_stop_score=-1.0, device="cpu")
         else:
             cfg = replace(cfg, eval_every=2, save_every=2, device="cpu")
+        if kind == "everything":
+            cfg = everything(cfg)
         if kind == "bf16":
             cfg = replace(cfg, lora_rank=0, dtype="bfloat16")
         return replace(cfg, **changes)
@@ -52,18 +54,24 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
 
 
 @pytest.fixture(scope="module")
-def both(configs, tmp_path_factory):
+def both(configs, tmp_path_factory, tiny_scalar):
     """For each job: (what one process saw, what two saw, output of one, output of two). All jobs in one launch."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     dropout = {"lora_dropout": 0.2, "max_steps": 6}
     exact = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 4}
+    criteria = {"data": str(two / "criteria.jsonl"), "patience": 1, "eval_every": 1, "max_steps": 6}
+    write_comparisons(two / "criteria.jsonl")
     plans = {name: (name, {}, {}) for name in LOOPS}
     plans |= {
         "exact": ("sft, full", exact, {}),
         "exact bf16": ("sft, bf16", exact, {}),
         "exact reward": ("reward", exact, {}),
+        "criteria": ("reward", criteria, {}),
+        "rewards": ("ppo", {"rewards": [f"0.5*{tiny_scalar}", "0.1*loops:brevity"]}, {}),
         "no targets": ("sft", exact, {"change": "no targets"}),
+        "packed": ("sft", {"packing": "balanced", "max_length": 32}, {}),
         "one row": ("sft", {**exact, "batch_size": 1}, {}),
+        "everything": ("ppo, everything", {}, {}),
         "one row of ppo": ("ppo", {"batch_size": 3, "minibatch_size": 1, "target_kl": None}, {}),
         "target_kl": ("ppo", {"target_kl": 1e-4, "learning_rate": 0.05, "epochs": 4}, {}),
         "nan": ("sft", {"save_every": 1, "micro_batch_size": 3}, {"change": "nan"}),
@@ -96,35 +104,62 @@ def both(configs, tmp_path_factory):
     return look
 
 
+def write_comparisons(path: Path) -> None:
+    """By two criteria, by none, and of three answers."""
+    records: list[dict] = [
+        {"prompt": f"{i} say:", "chosen": "a" * (1 + i % 3), "rejected": "b" * 5, "criterion": ("brief", "kind")[i % 2]}
+        for i in range(16)
+    ]
+    records += [{"prompt": f"{i} of all:", "responses": ["c", "cc", "ccc"], "ranks": [1, 0, 2]} for i in range(6)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(path for path in folder.rglob("*.safetensors") if "checkpoints" not in path.parts)
     return {f"{path.relative_to(folder)} {name}": value for path in files for name, value in load_file(path).items()}
 
 
-def without_kind(record):
-    return {name: value for name, value in record.items() if name != "kind"}
+def numbers(record):
+    """Those of a record; a curve's are named by their place."""
+    found = {name: value for name, value in record.items() if name != "kind" and not isinstance(value, list)}
+    for curve, points in record.items():
+        if isinstance(points, list):
+            found |= {(curve, i, j): x for i, point in enumerate(points) for j, x in enumerate(point)}
+    return found
 
 
 def assert_same_run(one: Path, two: Path, loss: float = LOSS, weight: float = WEIGHT) -> None:
     first, second = reported(str(one)), reported(str(two))
     assert [(r["step"], r["kind"], sorted(r)) for r in first] == [(r["step"], r["kind"], sorted(r)) for r in second]
     for a, b in zip(first, second, strict=True):
-        assert without_kind(b) == pytest.approx(without_kind(a), rel=loss, abs=loss)
+        assert numbers(b) == pytest.approx(numbers(a), rel=loss, abs=loss)
     got, want = weights(two), weights(one)
     assert got.keys() == want.keys() and want
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, atol=weight, rtol=weight, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", [*LOOPS, "criteria", "rewards", "packed"])
 def test_two_processes_equal_one(both, name):
     """Batches of 5 and 4 rows, in shares of 3 and 2: the same records and weights, and the same weights on both."""
     alone, seen, one, two = both(name)
     assert alone["error"] is None is seen[0]["error"] is seen[1]["error"]
     assert seen[0]["hashes"] == seen[1]["hashes"] and len(seen[0]["hashes"]) == len(alone["hashes"]) > 0
-    tolerance = {"loss": 1e-4} if "ppo" in name else {}
+    tolerance = {"loss": 1e-4} if "ppo" in name or name == "rewards" else {}
     assert_same_run(one, two, **tolerance)
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+
+
+def test_two_processes_equal_one_with_all_that_ppo_has(both):
+    """pitfalls 32 and 34: one loss, whatever the ranks, and a reference that the policy leaves on each; with adaptive
+    KL in the loss, scores normalised over the run, PTX and the best policy."""
+    alone, seen, one, two = both("everything")
+    assert alone["error"] is None is seen[0]["error"] is seen[1]["error"]
+    assert seen[0]["hashes"] == seen[1]["hashes"] and len(seen[0]["hashes"]) == len(alone["hashes"]) > 0
+    assert_same_run(one, two, loss=1e-4)
+    assert any(name.startswith("best/") for name in weights(two))
+    last = [r for r in reported(str(two)) if r["kind"] == "train"][-1]
+    assert last["kl_k3"] > 0 and last["ptx_loss"] > 0 and last["kl_coef"] != 0.05
 
 
 @pytest.mark.parametrize("name", ["exact", "exact bf16", "exact reward", "no targets"])

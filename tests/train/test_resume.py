@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import LOOPS, reported, tiny_run
+from loops import LOOPS, everything, reported, tiny_run
 from safetensors.torch import load_file
 
 from fastrl.run.metrics import MetricsLog
+from fastrl.run.resume import newest_state
 from fastrl.train import ppo
 
 
@@ -59,6 +60,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(loop, monkeypatch, tmp_path):
     for name in ["samples.jsonl"]:
         if (Path(whole.output) / name).exists():
             assert (Path(cfg.output) / name).read_text() == (Path(whole.output) / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["ppo"], indirect=True)
+def test_a_resumed_run_of_ppo_with_everything_equals_an_uninterrupted_one(loop, monkeypatch, tmp_path):
+    """Pitfall 41: coefficient, moments of scores, order of PTX examples, best score and weights, bit for bit."""
+    main, cfg = loop
+    cfg = everything(replace(cfg, iterations=4, epochs=1))
+    whole = replace(cfg, output=str(tmp_path / "whole"))
+    main(whole)
+    interrupt(monkeypatch, main, cfg, 4)
+    kept = torch.load(newest_state(Path(cfg.output)), weights_only=True)["own"]
+    assert kept["kl_coef"] != cfg.kl_coef and kept["scores"][0] == 2 * cfg.batch_size
+    main(replace(cfg, resume=True))
+    assert reported(cfg.output) == reported(whole.output)
+    got, want = weights(cfg.output), weights(whole.output)
+    assert any(name.startswith("best/") for name in want) and got.keys() == want.keys()
+    assert all(torch.equal(value, got[name]) for name, value in want.items())
+    assert all(r["ptx_loss"] > 0 and r["kl_coef"] > 0 for r in reported(cfg.output) if r["kind"] == "train")
 
 
 def test_other_settings_are_an_error(loop, monkeypatch):

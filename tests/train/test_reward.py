@@ -30,15 +30,8 @@ def preferences_path(tmp_path_factory):
     records = []
     for i, word in enumerate(WORDS * 4):
         answers = [word + "!" * n for n in range(2 + i % 3)]
-        criterion = ["helpful", "harmless"][i % 2]
-        records.append(
-            {
-                "prompt": f"{i} name:",
-                "responses": answers[::-1],
-                "ranks": list(range(len(answers)))[::-1],
-                "criterion": criterion,
-            }
-        )
+        ranks = list(range(len(answers)))
+        records.append({"prompt": f"{i} name:", "responses": answers[::-1], "ranks": ranks[::-1]})
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
 
@@ -99,7 +92,7 @@ def test_loss_and_gradient_equal_plain_transformers(tiny_scalar, preferences):
     expected = plain_loss(plain, preferences[:5])
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert scores.shape == (sum(len(p.responses) for p in preferences[:5]),)
+    assert scores.shape == (sum(len(p.responses) for p in preferences[:5]), 1)
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -181,7 +174,6 @@ def test_learns_normalises_and_saves_an_ordinary_folder(config, rank, capsys):
     metrics = reward.main(cfg)
     assert records(cfg.output)[0]["loss"] > 0.4 and metrics["loss"] < 0.05
     assert metrics["eval_accuracy"] == 1.0
-    assert metrics["eval_accuracy/helpful"] == metrics["eval_accuracy/harmless"] == 1.0
     assert "(rank 0)" in capsys.readouterr().out
 
     tokenizer, model = load_tokenizer(cfg.output), load_scalar_model(cfg.output)
@@ -213,7 +205,7 @@ def test_normalising_twice_is_normalising(tiny_scalar, preferences):
     assert first["score_std"] != pytest.approx(1.0)
     assert second == pytest.approx({"score_mean": 0.0, "score_std": 1.0}, abs=1e-4)
     with pytest.raises(ValueError, match="tells no responses apart"):
-        reward.normalize_scores(model, torch.zeros(4))
+        reward.normalize_scores(model, torch.zeros(4, 1))
 
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])

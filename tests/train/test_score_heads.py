@@ -87,8 +87,9 @@ def test_several_criteria_survive_a_folder(model, tiny_tokenizer, tmp_path, adap
         logits = plain(input_ids=IDS, attention_mask=MASK.long()).logits
     bias = torch.tensor(score_head(model).bias)
     torch.testing.assert_close(logits - bias, scores(model), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="expected a reward model with one score, got 3 criteria: helpful, harmless"):
-        start_scalar_model(folder)
+    assert score_head(start_scalar_model(folder, ["brief", "helpful"])).names == tuple(CRITERIA)
+    with pytest.raises(ValueError, match="criterion: expected some of .*helpful, harmless, brief, got honest"):
+        start_scalar_model(folder, ["helpful", "honest"])
 
 
 def test_combined_scores(model):
