@@ -85,7 +85,7 @@ def test_stages_take_each_others_outputs(trained, tiny_policy):
     models = {name: record["settings"]["model"] for name, record in records.items()}
     assert models == {"sft": str(tiny_policy), "reward": f"{trained}/sft", "ppo": f"{trained}/sft"}
     assert records["ppo"]["settings"]["reward_model"] == f"{trained}/reward"
-    assert records["ppo"]["reads"] == {"model": records["sft"]["begun"], "reward_model": records["reward"]["begun"]}
+    assert records["ppo"]["reads"] == {f"{trained}/{name}": records[name]["begun"] for name in ("sft", "reward")}
     assert records["reward"]["settings"]["seed"] == 0 and records["sft"]["settings"]["lora_rank"] == 2
 
 
@@ -190,6 +190,9 @@ def test_all_settings_are_checked_before_the_first_stage_trains(source, tmp_path
         (["--ppo.iteration", "3"], "tiny.yaml: ppo: unknown key 'iteration'; did you mean 'iterations'?"),
         (["--ppo.iterations", "many"], "tiny.yaml: ppo: key 'iterations': expected int, got many"),
         (["--ppo.clip_coef", "-1"], "tiny.yaml: ppo: clip_coef: expected a number above 0, got -1.0"),
+        (["--ppo.kl_in", "loss"], "tiny.yaml: ppo: kl_estimator: expected k2 or k3 with kl_in loss, got k1"),
+        (["--ppo.rewards", "none/of/these#x"], "run: ppo: rewards: not found: none/of/these (looked in "),
+        (["--ppo.tracker", "tensorbord"], "tracker: unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
         (["--ppo.data", "none.jsonl"], "run: ppo: data: not found: none.jsonl (looked in "),
         (["--sed", "3"], "run: unknown option --sed; did you mean '--seed'?"),
         (["--pp.seed", "3"], "run: --pp.seed: unknown stage 'pp'; did you mean 'ppo'?"),

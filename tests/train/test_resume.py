@@ -103,6 +103,21 @@ def test_other_settings_are_taken_where_the_user_says_so(loop, monkeypatch, caps
     assert rates[2:] == wanted[2:] and rates[:2] == [2 * rate for rate in wanted[:2]]
 
 
+@pytest.mark.parametrize("loop", ["ppo"], indirect=True)
+def test_a_changed_weight_of_the_kl_penalty_holds_from_the_next_step_on(loop, monkeypatch):
+    main, cfg = loop
+    interrupt(monkeypatch, main, cfg, 4)
+    seen, original = set(), ppo.compute_advantages
+
+    def watched(scored, mask, cfg, state):
+        seen.add(state.kl_coef)
+        return original(scored, mask, cfg, state)
+
+    monkeypatch.setattr(ppo, "compute_advantages", watched)
+    main(replace(cfg, resume=True, resume_changed=True, kl_coef=0.5))
+    assert seen == {0.5}
+
+
 @pytest.mark.parametrize("loop", ["sft"], indirect=True)
 def test_other_trained_weights_are_refused_even_then(loop, monkeypatch):
     main, cfg = loop
