@@ -45,6 +45,7 @@ def source(tmp_path_factory, tiny_policy):
             "data": str(folder / "answers.jsonl"),
             "batch_size": 4,
             "iterations": 1,
+            "reward_weights": "helpful=1,harmless=0.5",
             "max_new_tokens": 4,
             "epochs": 1,
         },

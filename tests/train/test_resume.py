@@ -88,7 +88,7 @@ def test_other_settings_are_an_error(loop, monkeypatch):
         main(replace(cfg, resume=True, learning_rate=0.5))
 
 
-@pytest.mark.parametrize("loop", ["sft", "ppo"], indirect=True)
+@pytest.mark.parametrize("loop", ["sft"], indirect=True)
 def test_other_settings_are_taken_where_the_user_says_so(loop, monkeypatch, capsys):
     """The new rate holds from the next step on, at the schedule's place; moments and data go on."""
     main, cfg = loop
