@@ -43,7 +43,7 @@ from fastrl.train.ppo_settings import (
     RewardSettings,
     ScoreSettings,
     UpdateSettings,
-    without_contradictions,
+    check_contradictions,
 )
 from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, kl_coef, see_scores, summarise, unended
 from fastrl.train.ppo_update import make_learners, update
@@ -77,6 +77,10 @@ class PPOConfig(
     batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
     keep_best: bool = option(False, "also keep the policy of the best held-out score, in output/best")
+
+    def check(self) -> None:
+        """Called by `checked`."""
+        check_contradictions(self)
 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -157,7 +161,7 @@ def main(cfg: PPOConfig, sink: Sink | None = None) -> dict[str, Any]:
         ValueError: a setting, a model, its tokenizer or the data do not fit.
         NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
     """
-    cfg = without_contradictions(checked(cfg))
+    cfg = checked(cfg)
     with Run(cfg, "ppo", sink) as run:
         return train(cfg, run)
 
@@ -185,6 +189,8 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
 
     state = PPOState()
     run.begin(cfg.iterations, learners, save, state)
+    if cfg.kl_target is None:  # else it has adapted
+        state.kl_coef = cfg.kl_coef
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     mixed = ptx_batches(others, cfg, run.done)
     timer = PhaseTimer(run.device, run.phase)

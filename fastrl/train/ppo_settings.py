@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from fastrl.data.templates import TEMPLATES
 from fastrl.rlhf.kl import LOSS_ESTIMATORS
 from fastrl.rlhf.rewards import FORMS, parse_rewards, parse_weights
 from fastrl.run.config import option
-
-Config = TypeVar("Config", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +99,8 @@ NEEDS = {
 }
 
 
-def without_contradictions(cfg: Config) -> Config:
-    """The settings of PPO; call it before anything is loaded.
+def check_contradictions(cfg: Any) -> None:
+    """Refuse settings of PPO that do not fit each other.
 
     Raises:
         ValueError: an option is set that others leave without effect, or rewards are written in another form.
@@ -124,7 +122,6 @@ def without_contradictions(cfg: Config) -> Config:
         _refuse("kl_horizon", f"at least batch_size {cfg.batch_size}", str(cfg.kl_horizon))
     if cfg.length_penalty and cfg.length_free >= cfg.max_new_tokens:
         _refuse("length_free", f"less than max_new_tokens {cfg.max_new_tokens}", f"{cfg.length_free}: no penalty")
-    return cfg
 
 
 def _refuse(name: str, expected: str, got: str) -> None:
