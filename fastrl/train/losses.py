@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -21,9 +21,12 @@ def sft_loss(policy: nn.Module, batch: SFTBatch, *, denominator: int) -> Tensor:
     return cast(Tensor, as_policy(policy)(batch.input_ids, batch.attention_mask, mask, denominator=denominator))
 
 
-def sft_logprobs(policy: nn.Module, batch: SFTBatch) -> Tensor:
-    """(B, T-1) log-probability of each next token, 0 where it is not supervised."""
-    return cast(Tensor, as_policy(policy)(batch.input_ids, batch.attention_mask, batch.loss_mask[:, 1:]))
+def sft_logprobs(policy: nn.Module, batch: SFTBatch, *, return_top1: bool = False) -> Any:
+    """(B, T-1) log-probability of each next token, 0 where it is not supervised; with `return_top1` also whether it is
+    supervised and the likeliest.
+    """
+    mask = batch.loss_mask[:, 1:]
+    return as_policy(policy)(batch.input_ids, batch.attention_mask, mask, return_top1=return_top1)
 
 
 def reward_loss(scorer: nn.Module, batch: RankingBatch, *, center_coef: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -45,15 +45,17 @@ class SFTConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings, Da
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Sequence[Example], pad_id: int, micro_batch_size: int) -> dict[str, float]:
-    """Loss per supervised token and perplexity = exp(loss), without dropout."""
+    """Loss per supervised token, perplexity = exp(loss), and the share of supervised tokens that are the likeliest, as
+    in greedy decoding; without dropout.
+    """
     model.eval()
-    total = 0.0
+    totals = torch.zeros(2, dtype=torch.float64)
     for micro in chunks(share(examples), micro_batch_size):
         batch = sft_batch(micro, pad_id, model.device)
-        total -= sft_logprobs(model, batch).sum(dtype=torch.float64).item()
-    total = sum_over_ranks(torch.tensor(total, dtype=torch.float64)).item()
-    loss = total / max(1, supervised_tokens(examples))
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        logprobs, top1 = sft_logprobs(model, batch, return_top1=True)
+        totals += torch.stack([-logprobs.sum(dtype=torch.float64), top1.sum()]).cpu()
+    loss, accuracy = (sum_over_ranks(totals) / max(1, supervised_tokens(examples))).tolist()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_accuracy": accuracy}
 
 
 def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
