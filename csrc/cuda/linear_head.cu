@@ -51,14 +51,14 @@ struct OnChipRow {
     for (int i = 0; i < kTilePacks; ++i) kept[i * kWarp] = packs[i];
   }
 
-  // Once the lanes' own packs are there; `target` and `bar` as in beats_target.
+  // Tile `tile`, the block's `place`-th, once the lanes' own packs are there.
   template <bool kSoftcap>
-  __device__ void sum_tile(int place, int64_t target, float bar, const LogitMap& map) const {
+  __device__ void sum_tile(int tile, int place, const Target& target, const LogitMap& map) const {
     const Words<float>* kept = lane_packs(place);
     Words<float> packs[kTilePacks];
 #pragma unroll
     for (int i = 0; i < kTilePacks; ++i) packs[i] = kept[i * kWarp];
-    const Partial part = tile_partial<kSoftcap, true>(packs, target, bar, map);
+    const Partial part = tile_partial<kSoftcap, true>(packs, tile, target, map);
     if (lane_index() == 0) partials[place] = part;
   }
 
@@ -111,12 +111,11 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     for (int tile = first + warp_index(); tile < last; tile += kSlots) {
       chip.begin_tile(x, tile, tile - first, vocab);
     }
-    const Target target(x, token_ids[row], vocab);
+    const Target target = read_target(x, token_ids[row], vocab, results.top1 != nullptr);
     const float logit = target.capped<kSoftcap>(vocab, map);
-    const float bar = target.bar(results.top1 != nullptr);
     wait_for_copies();
     for (int tile = first + warp_index(); tile < last; tile += kSlots) {
-      chip.sum_tile<kSoftcap>(tile - first, target.id - int64_t{tile} * kTile<float>, bar, map);
+      chip.sum_tile<kSoftcap>(tile, tile - first, target, map);
     }
     cluster_sync();  // partials are there, and nobody reads the row's memory any more
     const Partial rest = chip.combine_row(tiles, tiles_per_block, map.scale());

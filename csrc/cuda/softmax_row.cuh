@@ -120,64 +120,63 @@ __device__ inline void load_tile(const T* row, int tile, int64_t vocab,
   }
 }
 
-// The token of a row that is asked for. An id outside the vocabulary, which makes the row NaN, is
-// taken for a column behind all others with a logit below them.
+// The token of a row that is asked for.
 struct Target {
   int64_t id;
   float logit;
+  bool compared;  // with the other logits: whether it is the arg max is asked for
 
-  template <typename T>
-  __device__ Target(const T* row, int64_t token_id, int64_t vocab) {
-    const bool inside = token_id >= 0 && token_id < vocab;
-    id = inside ? token_id : vocab;
-    logit = inside ? to_float(row[token_id]) : -INFINITY;
-  }
-
-  // Soft-capped; NaN if it is outside.
+  // Soft-capped; NaN if it is outside the vocabulary, which makes the row NaN.
   template <bool kSoftcap>
   __device__ float capped(int64_t vocab, const LogitMap& map) const {
     return id < vocab ? map.capped<kSoftcap>(logit) : NAN;
   }
-
-  // What a tile is compared with: nothing is above infinity, where the arg max is not asked for.
-  __device__ float bar(bool asked) const { return asked ? logit : INFINITY; }
 };
 
-// Whether a column of a warp's tile, whose largest logit is `top`, comes before the target as the
-// arg max: the largest logit does, the first of equals, and NaN is above all numbers. `target` is
-// the target's place relative to the tile, `bar` its logit. Scale, soft cap and temperature keep
-// the order of logits, so they are compared as they are.
+// An id outside the vocabulary is taken for a column behind all others with a logit below them.
 template <typename T>
-__device__ inline bool beats_target(const Words<T> (&packs)[kTilePacks], float top, int64_t target,
-                                    float bar) {
+__device__ inline Target read_target(const T* row, int64_t token_id, int64_t vocab, bool compared) {
+  const bool inside = token_id >= 0 && token_id < vocab;
+  return {inside ? token_id : vocab, inside ? to_float(row[token_id]) : -INFINITY, compared};
+}
+
+// Whether a column of a warp's tile, whose largest logit is `top`, comes before the target as the
+// arg max: the largest logit does, the first of equals, and NaN is above all numbers. `place` is
+// the target's relative to the tile. Scale, soft cap and temperature keep the order of logits, so
+// they are compared as they are.
+template <typename T>
+__device__ inline bool beats_target(const Words<T> (&packs)[kTilePacks], float top,
+                                    const Target& target, int64_t place) {
   constexpr int kSize = Pack<T>::kSize;
-  if (top < bar) return false;
-  if (top > bar) return true;
+  if (!target.compared || top < target.logit) return false;
+  if (top > target.logit) return true;
+  const float logit = target.logit;
   int beats = 0;  // equals, or a NaN
 #pragma unroll
   for (int i = 0; i < kTilePacks; ++i) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const float x = packs[i].get(j);
-      const bool before = (i * kWarp + lane_index()) * kSize + j < target;
-      const bool equal = x == bar || (x != x && bar != bar);
+      const bool before = (i * kWarp + lane_index()) * kSize + j < place;
+      const bool equal = x == logit || (x != x && logit != logit);
       beats |= equal ? before : x != x;
     }
   }
   return warp_reduce(beats, [](int a, int b) { return a | b; }) != 0;
 }
 
-// Of a warp's tile without the target, in every lane; `target` and `bar` as in beats_target.
+// Of tile `tile`, which a warp holds, without the target, in every lane.
 template <bool kSoftcap, bool kMean, typename T>
-__device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int64_t target, float bar,
-                                       const LogitMap& map) {
+__device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int tile,
+                                       const Target& target, const LogitMap& map) {
   constexpr int kSize = Pack<T>::kSize;
-  if (target >= 0 && target < kTile<T>) {
+  const int64_t place = target.id - int64_t{tile} * kTile<T>;  // the target's in the tile, if there
+  if (place >= 0 && place < kTile<T>) {
 #pragma unroll
     for (int i = 0; i < kTilePacks; ++i) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        if (target == (i * kWarp + lane_index()) * kSize + j) {
+        if (place == (i * kWarp + lane_index()) * kSize + j) {
           packs[i].set(j, from_float<T>(-INFINITY));
         }
       }
@@ -191,7 +190,7 @@ __device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int64_t ta
   for (int j = 0; j < kSize; ++j) top = max_or_nan(top, largest.get(j));
   top = warp_reduce(top, [](float a, float b) { return max_or_nan(a, b); });
   Partial part = no_columns();
-  part.beats = beats_target(packs, top, target, bar);
+  part.beats = beats_target(packs, top, target, place);
   part.max = map.capped<kSoftcap>(top);
   const float base = part.max == -INFINITY ? 0.0f : part.max;  // a tile of -inf adds 2^-inf = 0
   const float scale = map.scale();
@@ -214,7 +213,7 @@ __device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int64_t ta
 
 // The calling warp's slot of a row.
 template <bool kSoftcap, bool kMean, typename T>
-__device__ inline Partial slot_partial(const T* row, int64_t vocab, int64_t target, float bar,
+__device__ inline Partial slot_partial(const T* row, int64_t vocab, const Target& target,
                                        const LogitMap& map) {
   Partial total = no_columns();
   const int tiles = tiles_of<T>(vocab);
@@ -222,8 +221,7 @@ __device__ inline Partial slot_partial(const T* row, int64_t vocab, int64_t targ
   for (int tile = warp_index(); tile < tiles; tile += kSlots) {
     Words<T> packs[kTilePacks];
     load_tile(row, tile, vocab, packs);
-    const Partial part =
-        tile_partial<kSoftcap, kMean>(packs, target - int64_t{tile} * kTile<T>, bar, map);
+    const Partial part = tile_partial<kSoftcap, kMean>(packs, tile, target, map);
     total = combine(total, part, map.scale());
   }
   return total;

@@ -21,9 +21,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
       continue;
     }
     const T* x = row_pointer<const T>(logits, row);
-    const Target target(x, token_ids[row], vocab);
-    const Partial slot =
-        slot_partial<kSoftcap, kMean>(x, vocab, target.id, target.bar(out.top1 != nullptr), map);
+    const Target target = read_target(x, token_ids[row], vocab, out.top1 != nullptr);
+    const Partial slot = slot_partial<kSoftcap, kMean>(x, vocab, target, map);
     if (lane_index() == 0) slots[warp_index()] = slot;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -48,9 +47,9 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     Words<T> packs[kTilePacks];
     const T* x = row_pointer<const T>(logits, row);
     load_tile(x, tile, vocab, packs);
-    const Target target(x, token_ids[row], vocab);
-    part = tile_partial<kSoftcap, kMean>(packs, target.id - int64_t{tile} * kTile<T>,
-                                         target.bar(with_top1), map);
+    Target target{token_ids[row], 0.0f, false};
+    if (with_top1) target = read_target(x, target.id, vocab, true);
+    part = tile_partial<kSoftcap, kMean>(packs, tile, target, map);
   }
   if (lane_index() == 0) {
     partials[static_cast<int64_t>(blockIdx.x) * kSlots + warp_index()] = part;
@@ -79,7 +78,8 @@ __global__ void token_logprobs_combine_kernel(Rows logits, const int64_t* token_
   }
   __syncthreads();
   if (slot == 0) {
-    const Target target(row_pointer<const T>(logits, row), token_ids[row], vocab);
+    const T* x = row_pointer<const T>(logits, row);
+    const Target target = read_target(x, token_ids[row], vocab, out.top1 != nullptr);
     const float logit = target.capped<kSoftcap>(vocab, map);
     out.write(row, finish_row(combine_slots(slots, map.scale()), logit, map));
   }

@@ -125,8 +125,8 @@ def test_softcap(gpu_backend, offer, device):
 def test_top1_of_equals(gpu_backend, offer, device):
     """In the target's tile and in others, before it and behind it; NaN and nothing but -inf, too; `run` compares."""
     logits, ids = (tensor.to(device) for tensor in arg_max_cases(1103, torch.float32))
-    logits, ids = logits[::2], ids[::2]
-    rows = workspace(27, 1103, device)
+    logits, ids = logits[::5], ids[::5].contiguous()  # of each kind of row another of its tokens
+    rows = workspace(11, 1103, device)
     rows.copy_(logits)
     run(gpu_backend, rows, ids, torch.float16, with_entropy=False)
 

@@ -130,7 +130,7 @@ def test_rows_without_a_distribution(gpu_backend, device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_top1_is_torchs_arg_max(gpu_backend, device, dtype):
     """T4, T6, T35: whatever the logits hold, a ragged tile; scale, softcap and temperature keep the order."""
-    logits, ids = (tensor.to(device) for tensor in arg_max_cases(601, dtype))
+    logits, ids = (tensor[::5].to(device) for tensor in arg_max_cases(601, dtype))  # a kind of row, one of its tokens
     options = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.5, "backend": gpu_backend}
     assert torch.equal(token_logprobs(logits, ids, return_top1=True, **options)[1], logits.argmax(-1) == ids)
 
