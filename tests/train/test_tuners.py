@@ -475,6 +475,8 @@ def test_a_denominator_gives_the_loss(tiny_policy):
     torch.testing.assert_close(loss, -policy(IDS, ATTENDED, MASK).sum() / 3)
     with pytest.raises(ValueError, match="return_entropy: expected False with a denominator"):
         policy(IDS, ATTENDED, MASK, denominator=3, return_entropy=True)
+    with pytest.raises(ValueError, match="return_top1: expected False with a denominator"):
+        policy(IDS, ATTENDED, MASK, denominator=3, return_top1=True)
     with pytest.raises(ValueError, match="at least one prompt token"):
         policy(IDS, ATTENDED, ATTENDED)
 
