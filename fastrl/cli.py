@@ -14,6 +14,8 @@ COMMANDS = {
     "sft": ("fastrl.train.sft", "SFTConfig", "supervised fine-tuning on instruction data"),
     "reward": ("fastrl.train.reward", "RewardConfig", "train a reward model on preferences"),
     "ppo": ("fastrl.train.ppo", "PPOConfig", "PPO against a reward model"),
+    "run": ("fastrl.commands.pipeline", "", "SFT, reward model and PPO one after the other, from one file"),
+    "report": ("fastrl.commands.report", "", "report.html of a run, or of several compared"),
     "bench": ("fastrl.commands.bench", "", "time the kernels on this machine"),
     "doctor": ("fastrl.commands.doctor", "", "what is installed, and which backend every op would use"),
     "chat": ("fastrl.commands.chat", "", "talk to a model"),

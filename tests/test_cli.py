@@ -27,6 +27,7 @@ from transformers import (
 import fastrl
 from fastrl import cli
 from fastrl.commands import doctor
+from fastrl.commands.chat import beside
 from fastrl.commands.export import export
 from fastrl.data.messages import Message
 
@@ -63,7 +64,7 @@ def test_help_and_version_need_no_heavy_import():
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == cli.main([]) == 0
     text = capsys.readouterr().out
-    for command in "demo sft reward ppo bench doctor chat export".split():
+    for command in "demo sft reward ppo run report bench doctor chat export".split():
         assert f"\n  {command} " in text
 
 
@@ -316,6 +317,46 @@ def test_chat_refuses_bad_options(policy, capsys):
         assert f"fastrl: error: {message}" in capsys.readouterr().err
 
 
+def compared(out: str) -> list[list[str]]:
+    """The answers in each of two columns, one an answer, without their line breaks."""
+    blocks = [[line.partition(" | ")[::2] for line in block.splitlines()] for block in out.strip().split("\n\n")]
+    return [["".join(row[column].strip() for row in block[2:]) for block in blocks] for column in (0, 1)]
+
+
+def test_chat_compares_two_models(policy, adapter, monkeypatch, capsys):
+    """Each column holds what its model alone says, in a conversation of its own; an adapter is merged as ever."""
+    monkeypatch.setenv("COLUMNS", "203")
+    arguments = ("--temperature", "0", "--max-new-tokens", "4", "--system", "s")
+    out, _ = talk(monkeypatch, capsys, "--compare", policy, adapter, *arguments, text="hi\nho\n/reset\nhi\n")
+    assert out.startswith(str(policy)[-100:].ljust(100) + " | " + str(adapter)[-100:])
+    for column, model in zip(compared(out), (policy, adapter), strict=True):
+        alone, _ = talk(monkeypatch, capsys, model, *arguments, text="hi\nho\n")
+        assert "".join("".join(column[:2]).split()) == "".join(alone.split()) and column[0] == column[2]
+
+
+def test_compared_models_draw_the_same_random_numbers(policy, monkeypatch, capsys):
+    arguments = ("--temperature", "1.5", "--max-new-tokens", "8")
+    out, _ = talk(monkeypatch, capsys, "--compare", policy, policy, *arguments, text="hi\nho\n")
+    left, right = compared(out)
+    assert left == right and left[0] != left[1]
+
+
+def test_texts_beside_each_other_are_wrapped_and_filled():
+    assert beside(["a", "long/" + "x" * 16], ["one two three four five", "1\n\n2"], width=35).splitlines() == [
+        "a                | " + "x" * 16,
+        "---------------- | ----------------",
+        "one two three    | 1",
+        "four five        |",
+        "                 | 2",
+    ]
+
+
+def test_chat_takes_one_model_or_two(policy, capsys):
+    for arguments in ([], [str(policy), "--compare", str(policy), str(policy)]):
+        assert cli.main(["chat", *arguments]) == 2
+        assert "expected one MODEL, or two after --compare" in capsys.readouterr().err
+
+
 def logits(model):
     with torch.no_grad():
         return model(torch.arange(10, 30)[None]).logits
@@ -327,6 +368,7 @@ def test_export_merges_an_adapter(policy, adapter, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["export", str(adapter), str(out)]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
+    assert "pipeline_tag: text-generation" in (out / "README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(out)
     expected = logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), adapter))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -363,6 +405,9 @@ def test_export_refuses_to_overwrite(policy, adapter, tmp_path, capsys):
     assert "is not empty; name another folder or give --overwrite" in capsys.readouterr().err
     assert sorted(file.name for file in out.iterdir()) == ["adapter_config.json", "notes.txt"]
     assert cli.main(["export", str(adapter), str(out), "--overwrite"]) == 0
+    (out / "README.md").write_text("my card")
+    assert cli.main(["export", str(adapter), str(out), "--overwrite"]) == 0
+    assert (out / "README.md").read_text() == "my card"
     assert (out / "notes.txt").read_text() == "mine" and not (out / "adapter_config.json").exists()
     AutoModelForCausalLM.from_pretrained(out)
 

@@ -146,7 +146,7 @@ def test_quick_demo_runs_all_stages_on_the_real_loops(tmp_path, capsys):
         assert heading in printed
     assert "Pre-training loss" not in printed and len(printed.splitlines()) < 90
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 9
+    assert page.count("<svg ") == 9
     for backend_line in ("linear_logprobs", "ppo_loss"):
         assert backend_line in page
     rankings = [json.loads(line) for line in (tmp_path / "data/rankings.jsonl").read_text().splitlines()]

@@ -303,3 +303,32 @@ def test_long_csv_cells(tmp_path):
     ((_, record),) = read_records(tmp_path / "long.csv")
     assert len(record["prompt"]) == 200_000
     assert conversations(record)[0].messages[0] == user("q")
+
+
+def test_records_of_the_recipes_data_as_their_publishers_have_them(write, chat):
+    """UltraFeedback (binarized) is read by all three loops; TL;DR without a template."""
+    pair = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    feedback = {
+        "prompt": "q",
+        "prompt_id": "0f",
+        "messages": pair["chosen"],
+        "score_chosen": 8.5,
+        "score_rejected": 6.0,
+    }
+    path = write(feedback | pair)
+    (example,), _ = load_examples(path, chat, max_length=100)
+    (item,), _ = load_preferences(path, chat, max_length=100)
+    (prompt,), _ = load_prompts(path, chat, max_prompt_length=100)
+    assert chat.decode(supervised(example)) == "a<|im_end|>" == chat.decode(item.responses[0])
+    assert (chat.decode(item.responses[1]), item.margin, prompt.text) == ("b<|im_end|>", 0.0, "q")
+    assert prompt.input_ids == item.prompt_ids == example.input_ids[: len(prompt.input_ids)]
+
+    post = "SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
+    (item,), _ = load_preferences(
+        write({"prompt": post, "chosen": " a", "rejected": " b"}), chat, max_length=100, template="none"
+    )
+    (prompt,), _ = load_prompts(
+        write({"prompt": post, "completion": " a"}), chat, max_prompt_length=100, template="none"
+    )
+    assert chat.decode(prompt.input_ids) == chat.decode(item.prompt_ids) == post
+    assert chat.decode(item.responses[0]).startswith(" a")

@@ -75,8 +75,10 @@ def test_what_rlhf_adds_is_numbers_and_tensors_alone():
     assert {name.split(".")[0] for name in importers("rlhf")} <= {"train"}
 
 
-def test_accelerate_is_known_to_one_module():
-    assert {name for name, module in all_imports() if module.split(".")[0] == "accelerate"} == {"run.distributed"}
+def test_accelerate_is_known_to_two_modules():
+    """One for the ranks, one for trackers."""
+    known = {name for name, module in all_imports() if module.split(".")[0] == "accelerate"}
+    assert known == {"run.distributed", "run.trackers"}
 
 
 def test_loops_are_run_by_the_demo_and_benches_alone():

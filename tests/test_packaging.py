@@ -64,7 +64,13 @@ def wheel(source_tree, tmp_path_factory):
 def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(re.fullmatch(r"fastrl/_C\..*\.so", name) for name in names)
-    for wanted in ("fastrl/py.typed", "fastrl/_C.pyi", "fastrl/ops/token_logprobs.py", "fastrl/benches/harness.py"):
+    for wanted in (
+        "fastrl/py.typed",
+        "fastrl/_C.pyi",
+        "fastrl/ops/token_logprobs.py",
+        "fastrl/benches/harness.py",
+        "fastrl/recipes/demo.yaml",
+    ):
         assert wanted in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "kernels/", "benches/", "csrc/")) for name in names)

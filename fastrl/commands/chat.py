@@ -2,16 +2,21 @@
 
 At a terminal, /reset starts a new conversation and /exit (or Ctrl-D) ends it. When standard input is
 a file or a pipe, every line of it is one turn of the conversation and only the answers are printed.
+`fastrl chat --compare A B` puts every question to two models, each in its own conversation, and prints their answers
+beside each other; both draw the same random numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,10 +28,21 @@ from fastrl.models.stopping import find_stop_token_ids
 from fastrl.models.weights import check_sizes
 
 
+class Speaker(NamedTuple):
+    """A model with what it needs to answer, and the conversation that it had."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    stops: list[int]
+    messages: list[Message]
+
+
 def main(argv: Sequence[str]) -> None:
-    """Load the model and answer the lines of standard input."""
+    """Load the model, or the two that are compared, and answer the lines of standard input."""
     options = _parser().parse_args(list(argv))
-    options.model = os.path.expanduser(options.model)
+    if (options.model is None) == (options.compare is None):
+        raise ValueError("chat: expected one MODEL, or two after --compare")
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {options.temperature}")
     if not 0 < options.top_p <= 1:
@@ -36,36 +52,74 @@ def main(argv: Sequence[str]) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
     transformers.set_seed(options.seed)
-    tokenizer = load_tokenizer(options.model)
-    model = load_policy(options.model, dtype=options.dtype, device=options.device)
-    check_sizes(model, tokenizer, options.model)
-    stops = find_stop_token_ids(tokenizer, model)
-    if options.stop:
-        stops += find_stop_token_ids(tokenizer, model, options.stop)
+    speakers = [load_speaker(name, options) for name in options.compare or [options.model]]
 
-    start: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
-    messages = list(start)
-    for line in _lines():
+    for turn, line in enumerate(_lines()):
         if line == "/exit":
             break
         if line == "/reset":
-            messages = list(start)
+            for speaker in speakers:
+                del speaker.messages[len(_start(options)) :]
             continue
-        messages.append({"role": "user", "content": line})
-        prompt_ids = fitting_prompt(model, tokenizer, messages, options, keep=len(start))
-        if prompt_ids is None:
-            messages.pop()
-            print("(this message does not fit the model's context; shorten it)", file=sys.stderr)
+        if len(speakers) == 1:
+            answer(speakers[0], line, options)
             continue
-        answer = reply(model, tokenizer, prompt_ids, stops, options)
-        messages.append({"role": "assistant", "content": answer})
+        answers = []
+        for speaker in speakers:
+            torch.manual_seed(options.seed + turn)
+            answers.append(answer(speaker, line, options, stream=False))
+        print(beside([speaker.name for speaker in speakers], answers))
+
+
+def load_speaker(name: str, options: argparse.Namespace) -> Speaker:
+    """The model in a folder or on the hub, at the start of a conversation."""
+    path = os.path.expanduser(name)
+    tokenizer = load_tokenizer(path)
+    model = load_policy(path, dtype=options.dtype, device=options.device)
+    check_sizes(model, tokenizer, path)
+    stops = find_stop_token_ids(tokenizer, model)
+    if options.stop:
+        stops += find_stop_token_ids(tokenizer, model, options.stop)
+    return Speaker(name, model, tokenizer, stops, _start(options))
+
+
+def answer(speaker: Speaker, line: str, options: argparse.Namespace, *, stream: bool = True) -> str:
+    """The answer to the next turn of a conversation; "" for a turn that does not fit, which is left out."""
+    speaker.messages.append({"role": "user", "content": line})
+    keep = len(_start(options))
+    prompt_ids = fitting_prompt(speaker.model, speaker.tokenizer, speaker.messages, options, keep=keep)
+    if prompt_ids is None:
+        speaker.messages.pop()
+        print("(this message does not fit the model's context; shorten it)", file=sys.stderr)
+        return ""
+    text = reply(speaker.model, speaker.tokenizer, prompt_ids, speaker.stops, options, stream=stream)
+    speaker.messages.append({"role": "assistant", "content": text})
+    return text
+
+
+def beside(names: Sequence[str], texts: Sequence[str], width: int | None = None) -> str:
+    """Texts in columns under their names, as wide as the terminal together."""
+    width = width or shutil.get_terminal_size().columns
+    room = max(16, (width - 3 * (len(texts) - 1)) // len(texts))
+    columns = [
+        [name[-room:], "-" * room, *(part for line in text.splitlines() for part in textwrap.wrap(line, room) or [""])]
+        for name, text in zip(names, texts, strict=True)
+    ]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(" | ".join(f"{part:{room}}" for part in row).rstrip() for row in rows) + "\n"
 
 
 @torch.no_grad()
 def reply(
-    model: Any, tokenizer: Any, prompt_ids: list[int], stop_token_ids: list[int], options: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    stop_token_ids: list[int],
+    options: argparse.Namespace,
+    *,
+    stream: bool = True,
 ) -> str:
-    """Sample one answer, print it token by token, return its text without the stop token."""
+    """Sample one answer, print it token by token if `stream`, return its text without the stop token."""
     input_ids = torch.tensor([prompt_ids], device=model.device)  # (1, P)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
@@ -76,7 +130,7 @@ def reply(
         max_new_tokens=options.max_new_tokens,
         eos_token_id=stop_token_ids,
         pad_token_id=stop_token_ids[0],
-        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         **sampling,
     )[0, len(prompt_ids) :].tolist()
     if output and output[-1] in stop_token_ids:
@@ -101,6 +155,10 @@ def fitting_prompt(
         del messages[keep : keep + 2]
 
 
+def _start(options: argparse.Namespace) -> list[Message]:
+    return [{"role": "system", "content": options.system}] if options.system else []
+
+
 def _lines() -> Iterator[str]:
     """User turns: typed at a prompt, or the lines of a pipe."""
     if not sys.stdin.isatty():
@@ -120,7 +178,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastrl chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id; an adapter folder is merged into its base")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="folder or hub id; an adapter folder is merged into its base"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="put the same questions to two models, answers beside each other"
+    )
     parser.add_argument("--template", default="auto", choices=TEMPLATES, help="auto: the chat template, else Alpaca")
     parser.add_argument("--system", default="", help="system message that opens the conversation")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")

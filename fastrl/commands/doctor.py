@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate")
+import fastrl
+from fastrl.versions import versions
+
 OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*)")
 
 
@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> None:
         help="dtype for which backends are chosen (default: float32)",
     )
     options = parser.parse_args(list(argv))
-    print(_table(versions()))
+    found = versions()
+    found["fastrl"] += f"  {Path(fastrl.__file__).parent}"
+    print(_table(list(found.items())))
     try:
         import torch
     except ImportError as error:
@@ -35,18 +37,6 @@ def main(argv: Sequence[str]) -> None:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         print(f"\nbackend of each op for {options.dtype} tensors on {device}:")
         print(backends(device, options.dtype))
-
-
-def versions() -> list[tuple[str, str]]:
-    """(name, version) of fastrl, Python, the system and the packages fastrl uses."""
-    from fastrl import __version__
-
-    rows = [
-        ("fastrl", f"{__version__}  {Path(__file__).parent}"),
-        ("python", platform.python_version()),
-        ("system", f"{platform.system()} {platform.machine()}"),
-    ]
-    return rows + [(name, _version(name)) for name in PACKAGES]
 
 
 def native_module() -> list[tuple[str, str]]:
@@ -154,13 +144,6 @@ def backends(device: str, dtype: str) -> str:
     except ValueError as error:
         return f"  {error}"
     return _table([("op", "backend", "reason"), *rows])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

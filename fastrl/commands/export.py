@@ -1,7 +1,7 @@
 """`fastrl export MODEL OUT`: an ordinary Hugging Face folder, with an adapter merged into its base.
 
 Works for policies and reward models. The folder holds safetensors, config and tokenizer, and loads
-with transformers alone.
+with transformers alone; its README.md is a model card of what the run's files know.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastrl.models import adapter_base, is_adapter, load_policy, load_scalar_mod
 from fastrl.models.saving import save_model
 from fastrl.models.score_heads import claims_score_head
 from fastrl.models.weights import check_sizes
+from fastrl.run.card import model_card
 from fastrl.run.output import model_folders
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,11 +56,23 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
         raise ValueError(f"export: out: {folder} is not empty; name another folder or give --overwrite")
 
     tokenizer = load_tokenizer(model)
-    load = load_scalar_model if claims_score_head(model) else load_policy
+    is_scalar = claims_score_head(model)
+    load = load_scalar_model if is_scalar else load_policy
     merged: Any = load(model, dtype="float32")
     check_sizes(merged, tokenizer, model)
     merged = merged.to(DTYPES[dtype] if dtype else stored_dtype(model))
-    return save_model(merged, tokenizer, folder)
+    save_model(merged, tokenizer, folder)
+    write_card(model, folder, task="text-classification" if is_scalar else "text-generation")
+    return folder
+
+
+def write_card(model: str, folder: Path, *, task: str) -> None:
+    """The model card, README.md; one that is there already is the user's and stays."""
+    path = folder / "README.md"
+    if path.exists():
+        print(f"{path} is left as it is")
+        return
+    path.write_text(model_card(model, task=task), encoding="utf-8")
 
 
 def stored_dtype(path: str) -> torch.dtype:

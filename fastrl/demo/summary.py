@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastrl.demo.answers import CRITERIA, Verdict
 from fastrl.demo.world import Task
 from fastrl.run.report import Html, bar_chart, line_chart, marked, page, paragraph, preformatted, save_page, table
+from fastrl.run.runfiles import metric_curves, phases, read_run
 
 if TYPE_CHECKING:
     from fastrl.demo.stages import Judged
@@ -20,7 +20,6 @@ BACKENDS = (
     "The backend that each op runs on, as fastrl doctor tells. The demo trains whole models, so it calls all but the "
     "LoRA ops."
 )
-PPO_PHASES = ("sample", "score", "logprobs", "advantages", "update")
 
 
 def text(results: dict[str, Any]) -> str:
@@ -55,7 +54,7 @@ def save(
     sections = [
         ("Good answers", _shares(results, held_out, judged)),
         ("Before and after", _samples(held_out, judged)),
-        ("Learning curves", _curves(output, results)),
+        ("Learning curves", _curves(output)),
         ("Time", _times(output, results)),
         ("Backends", [paragraph(BACKENDS), preformatted(backends)]),
     ]
@@ -107,36 +106,33 @@ def _samples(held_out: Sequence[Task], judged: dict[str, Judged]) -> list[Html]:
     ]
 
 
-def _curves(output: Path, results: dict[str, Any]) -> list[Html]:
-    pretrain, sft = (_metrics(output / name, "train") for name in ("pretrained", "sft"))
-    reward, ppo = _metrics(output / "reward", "train"), _metrics(output / "ppo", "train")
+def _curves(output: Path) -> list[Html]:
+    pretrain, sft, reward, ppo = (
+        metric_curves(read_run(output / name).of_kind("train")) for name in ("pretrained", "sft", "reward", "ppo")
+    )
     return [
-        line_chart("Pre-training: loss", "step", {"loss": _curve(pretrain, "loss")}),
-        line_chart("SFT: loss", "step", {"loss": _curve(sft, "loss")}),
-        line_chart("Reward model: pairs in order", "step", {"accuracy": _curve(reward, "accuracy")}, percent=True),
-        line_chart("PPO: score of the reward model", "iteration", {"score": _curve(ppo, "score")}),
-        line_chart("PPO: KL to SFT, nats per answer", "iteration", {"KL": _curve(ppo, "kl_k1")}),
+        line_chart("Pre-training: loss", "step", {"loss": pretrain["loss"]}),
+        line_chart("SFT: loss", "step", {"loss": sft["loss"]}),
+        line_chart("Reward model: pairs in order", "step", {"accuracy": reward["accuracy"]}, percent=True),
+        line_chart("PPO: score of the reward model", "iteration", {"score": ppo["score"]}),
+        line_chart("PPO: KL to SFT, nats per answer", "iteration", {"KL": ppo["kl_k1"]}),
         line_chart(
             "PPO: entropy and critic",
             "iteration",
-            {
-                "entropy, nats per token": _curve(ppo, "entropy"),
-                "explained variance": _curve(ppo, "explained_variance"),
-            },
+            {"entropy, nats per token": ppo["entropy"], "explained variance": ppo["explained_variance"]},
         ),
-        line_chart("PPO: tokens per answer", "iteration", {"tokens": _curve(ppo, "response_tokens")}),
+        line_chart("PPO: tokens per answer", "iteration", {"tokens": ppo["response_tokens"]}),
     ]
 
 
 def _times(output: Path, results: dict[str, Any]) -> list[Html]:
     stages = results["seconds"]
     total = sum(stages.values())
-    phases = _metrics(output / "ppo", "train")
-    seconds = [sum(record.get(f"time_{phase}_s", 0.0) for record in phases) for phase in PPO_PHASES]
+    seconds = phases(read_run(output / "ppo"))
     rows = [[stage, f"{time:.1f}", f"{time / total:.0%}"] for stage, time in [*stages.items(), ("all", total)]]
     return [
         table(["stage", "seconds", "share"], rows, numbers=(1, 2)),
-        bar_chart("PPO: seconds per phase", PPO_PHASES, {"seconds": seconds}),
+        bar_chart("PPO: seconds per phase", list(seconds), {"seconds": list(seconds.values())}),
     ]
 
 
@@ -149,16 +145,3 @@ def _kind(task: Task) -> str:
 def _faults(verdict: Verdict) -> Html:
     names = ", ".join(f"not {name}" for name in CRITERIA if not getattr(verdict, name))
     return Html(f"<br><small>{names}</small>" if names else "")
-
-
-def _metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def _curve(records: Sequence[dict[str, Any]], name: str, points: int = 100) -> tuple[list[float], list[float]]:
-    """Steps and values, averaged over neighbours so that at most ``points`` are left."""
-    width = max(1, -(-len(records) // points))
-    groups = [records[start : start + width] for start in range(0, len(records), width)]
-    steps = [float(group[-1]["step"]) for group in groups]
-    return steps, [sum(record[name] for record in group) / len(group) for group in groups]

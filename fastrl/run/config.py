@@ -15,7 +15,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
@@ -99,6 +99,24 @@ def parse(
         return config_class(**{name: namespace[name] for name in names})
     except TypeError as error:
         raise ValueError(f"{config_class.__name__}: {error}") from error
+
+
+def from_mapping(config_class: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """An instance of the flat dataclass from the keys and values of a mapping, checked; `where` begins what errors say.
+
+    Raises:
+        ValueError: unknown key (with the nearest known one), wrong type, a value out of bounds, missing required keys.
+    """
+    names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{where}: unknown key '{key}'{nearest(str(key), names)}")
+    parser = _parser(config_class, "fastrl", "")
+    try:
+        namespace = parser.parse_string(yaml.safe_dump(dict(values)))
+        return checked(config_class(**{name: namespace[name] for name in names}))
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise ValueError(f"{where}: {_readable(str(error))}") from error
 
 
 def _check_value(item: Field[Any], value: Any) -> None:
@@ -186,11 +204,11 @@ def _check_keys(arguments: list[str], names: list[str]) -> None:
     keys = [a[2:].partition("=")[0] for a in arguments if a.startswith("--") and a != "--"]
     for key in keys:
         if key.rstrip("+") not in known:
-            raise ValueError(f"unknown option --{key}{_nearest(key, names, '--')}")
+            raise ValueError(f"unknown option --{key}{nearest(key, names, '--')}")
     for path in _config_files(arguments):
-        for key in _read_yaml(path):
+        for key in read_yaml(path):
             if key not in names:
-                raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), names)}")
+                raise ValueError(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
 
 
 def _config_files(arguments: list[str]) -> list[str]:
@@ -198,7 +216,12 @@ def _config_files(arguments: list[str]) -> list[str]:
     return following + [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ValueError: it is not there, no YAML, or holds something else.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
@@ -212,7 +235,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _nearest(key: str, names: list[str], prefix: str = "") -> str:
+def nearest(key: str, names: Sequence[str], prefix: str = "") -> str:
+    """What an error says of an unknown key: the known one that is nearest, or all of them."""
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if near:
         return f"; did you mean '{prefix}{near[0]}'?"

@@ -1,4 +1,4 @@
-"""Processes that train one model together, one rank each; the only module that knows of accelerate.
+"""Processes that train one model together, one rank each; beside trackers the only module that knows of accelerate.
 
     torchrun --nproc_per_node 2 -m fastrl.cli sft --model ...
 

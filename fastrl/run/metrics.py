@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 
 class MetricsLog:
-    """Writes records to `output/metrics.jsonl`, shows a bar of `total` steps on stderr, prints
-    every Nth line.
+    """Writes records to `output/metrics.jsonl`, shows a bar of `total` steps on stderr with the time that is left and
+    what is done now, prints every Nth line.
 
     Use as a context manager. The bar hides itself where stderr is no terminal; the lines are
     printed to stdout. Of an earlier run's records those of its first `done` steps are kept.
@@ -43,6 +43,10 @@ class MetricsLog:
         if kind != "train" or step in (1, self._total) or step % self._print_every == 0:
             shown = [f"{name}={_short(value)}" for name, value in metrics.items() if not isinstance(value, list)]
             self.print(f"{self._title} {step}/{self._total} {kind}: {' '.join(shown)}")
+
+    def phase(self, name: str) -> None:
+        """Show beside the bar what the run does now."""
+        self._bar.set_postfix_str(name)
 
     def print(self, text: str) -> None:
         """A line on stdout that does not break the bar."""
@@ -78,15 +82,18 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 class PhaseTimer:
-    """Seconds spent per named phase: `with timer.phase("update"): ...`, then `timer.take()`."""
+    """Seconds spent per named phase: `with timer.phase("update"): ...`, then `timer.take()`; `show` is told the name of
+    each as it begins.
+    """
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._device = torch.device(device)
+    def __init__(self, device: str | torch.device = "cpu", show: Callable[[str], object] = lambda name: None) -> None:
+        self._device, self._show = torch.device(device), show
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block; on CUDA the device is synchronised before and after, so that the time is the block's own."""
+        self._show(name)
         self._sync()
         start = time.perf_counter()
         try:

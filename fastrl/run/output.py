@@ -15,10 +15,13 @@ from fastrl.folders import ADAPTER_CONFIG, adapter_base, is_adapter, read_json
 from fastrl.model_files import is_model_file
 from fastrl.run.checkpoint import checkpoints
 from fastrl.run.lock import move_lock
+from fastrl.run.record import RUN
 from fastrl.run.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
 SAMPLES = "samples.jsonl"
+REPORT = "report.html"
+FILES = (LOG, SAMPLES, RUN, REPORT, "tensorboard")  # of a run, beside its model
 PARTS = ("checkpoints", "base", "critic", "best")  # folders that runs write into their output
 MARK = ".put_aside"
 DISK_ERRORS = ("(os error ", "inline_container", "PytorchStreamWriter")  # of Rust's libraries, and of torch.save
@@ -133,7 +136,7 @@ def _put_aside(output: Path) -> None:
     output.mkdir(exist_ok=True)
     move_lock(aside, output)
     for entry in aside.iterdir():  # data, notes, the log of a shell
-        if not (is_model_file(entry.name) or entry.name in (LOG, SAMPLES, MARK, *PARTS)):
+        if not (is_model_file(entry.name) or entry.name in (*FILES, MARK, *PARTS)):
             entry.rename(output / entry.name)
     print(f"the earlier run in {output} is now in {aside}")
 

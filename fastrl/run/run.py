@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -19,11 +19,14 @@ from fastrl.run import distributed
 from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.lock import release_lock, take_lock
 from fastrl.run.masters import trained
-from fastrl.run.metrics import MetricsLog, peak_memory_gib
+from fastrl.run.metrics import MetricsLog, append_lines, keep_lines, peak_memory_gib
 from fastrl.run.optim import Learner, check_finite, optimizer_step
-from fastrl.run.output import check_output, claim_output, writing
-from fastrl.run.resume import load_state, newest_state, save_state, step_seed
+from fastrl.run.output import SAMPLES, check_output, claim_output, writing
+from fastrl.run.record import write_begun, write_ended
+from fastrl.run.resume import load_state, newest_state, plain, save_state, step_seed
 from fastrl.run.signals import Interrupted, StopSignals
+from fastrl.run.summary import save_report
+from fastrl.run.trackers import Trackers, check_trackers
 
 T = TypeVar("T")
 
@@ -71,12 +74,14 @@ class Run:
         self._stack = ExitStack()
         self._signals = StopSignals()
         self._log: MetricsLog | None = None
+        self._trackers: Trackers | None = None
         self._learners: Sequence[Learner] = ()
         self._own: Any = None
         self._save: Callable[[Path], object] = lambda folder: None
-        self._began = time.perf_counter()
+        self._entered = self._began = self._reported = time.perf_counter()
 
     def __enter__(self) -> Run:
+        check_trackers(self.settings.tracker)
         self.device = distributed.join(self.settings.device)
         with ExitStack() as undo:
             undo.push(self._stack.__exit__)
@@ -92,7 +97,9 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             distributed.announce(error)
-        self._stack.close()
+        with self._stack:
+            if self._log is not None:
+                self._end(error)
 
     def claim(self) -> None:
         """Make the folder this run's, once nothing can be refused any more; see `claim_output`."""
@@ -115,11 +122,10 @@ class Run:
                 self.step = self.done = load_state(newest, self.settings, learners, own)
                 print(f"resume: going on after step {self.done} from {newest.parent}")
         if distributed.is_main():
-            with writing(self.output):
-                self._log = MetricsLog(self.output, total=total, title=self.title, done=self.done)
-            self._stack.enter_context(self._log)
+            self._begin_log()
         self._signals.watch()
         self._stack.callback(self._signals.restore)
+        self._reported = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to make, each with random numbers of its own.
@@ -129,7 +135,9 @@ class Run:
         """
         for step in range(self.done + 1, self.total + 1):
             self._stop_if_asked()
-            self.step, self._began = step, time.perf_counter()
+            self.step = step
+            self.phase("train")
+            self._began = self._reported = time.perf_counter()
             torch.manual_seed(step_seed(self.settings.seed, step, distributed.rank()))
             yield step
         self._stop_if_asked()
@@ -168,16 +176,33 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def report(self, metrics: Mapping[str, Any], kind: str = "train", *, tokens: int = 0) -> None:
-        """One record of metrics that are the same on every rank; of `tokens`, how many a second in this step."""
-        metrics = dict(metrics)
+        """One record of metrics that are the same on every rank, with its seconds: of a step, or since the last record;
+        of `tokens`, how many a second in this step.
+        """
+        metrics, now = dict(metrics), time.perf_counter()
         if tokens:
-            seconds = time.perf_counter() - self._began
+            seconds = now - self._began
             metrics |= {"tokens_per_s": tokens / seconds, "peak_mem_gib": peak_memory_gib(self.device)}
+        metrics[f"time_{'step' if kind == 'train' else kind}_s"] = now - self._reported
+        self._reported = now
         if self._log is not None:
             with writing(self.output):
                 self._log.write(self.step, kind, **metrics)
+            if self._trackers:
+                self._trackers.log(self.step, kind, metrics)
             if self._sink:
                 self._sink(Record(self.title, self.step, self.total, kind, metrics))
+
+    def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add answers to held-out prompts to samples.jsonl: {"prompt", "response", ...} of this step."""
+        if self._log is not None:
+            with writing(self.output):
+                append_lines(self.output / SAMPLES, [{"step": self.step, **record} for record in records])
+
+    def phase(self, name: str) -> None:
+        """Show beside the progress bar what the run does now: "evaluate", "sample", ..."""
+        if self._log is not None:
+            self._log.phase(name)
 
     def print(self, text: str) -> None:
         """A line that does not break the progress bar."""
@@ -194,6 +219,7 @@ class Run:
         def keep() -> None:
             newest = newest_state(self.output)
             if newest is None or newest.parent.name != f"step-{step:06d}":
+                self.phase("save")
                 save_checkpoint(write, self.output, step)
 
         self.write(keep)
@@ -210,6 +236,30 @@ class Run:
                 return function()
 
         return distributed.on_main(guarded)
+
+    def _begin_log(self) -> None:
+        """metrics.jsonl, run.json and trackers; what an earlier run left of later steps goes."""
+        with writing(self.output):
+            self._log = MetricsLog(self.output, total=self.total, title=self.title, done=self.done)
+            self._stack.enter_context(self._log)
+            if (self.output / SAMPLES).exists():
+                keep_lines(self.output / SAMPLES, self.done or -1)
+            write_begun(self.settings, self.title, steps=self.total, done=self.done, device=self.device)
+        if self.settings.tracker:
+            self._trackers = Trackers(self.settings.tracker, self.output, plain(self.settings))
+            self._stack.callback(self._trackers.finish)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Say how the run ended, in its folder; a run that failed because that cannot be written fails with its own
+        error.
+        """
+        with suppress(OSError) if error is not None else writing(self.output):
+            write_ended(self.output, seconds=time.perf_counter() - self._entered, error=error)
+        if error is None:
+            try:
+                save_report(self.output)
+            except Exception as failure:  # noqa: BLE001 the run is whole without its report
+                print(f"report.html is not written: {failure}; `fastrl report {self.output}` tries again")
 
     def _lock(self) -> None:
         check_output(self.settings)

@@ -19,6 +19,7 @@ class RunSettings:
     model: str = option(MISSING, "model to start from: folder or hub id; an adapter folder is merged", path=True)
     output: str = option(MISSING, "folder for the model, checkpoints/ and metrics.jsonl", path=True)
     resume: bool = option(False, "go on from the newest checkpoint under output, to the same result")
+    resume_changed: bool = option(False, "with resume: go on although settings have changed; it is shown which")
     seed: int = option(0, "same seed, same run; on CPU bit for bit", at_least=0, below=2**32)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = option(
@@ -26,6 +27,7 @@ class RunSettings:
         "of weights and passes: float32 or bfloat16; steps are in float32 (18 bytes a trained weight in place of 16)",
         choices=("float32", "bfloat16"),
     )
+    tracker: str = option("", "told all metrics: tensorboard, wandb, trackio, mlflow, separated by commas; empty: none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,6 +133,7 @@ def evaluate(
     run: Run, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], cfg: PPOConfig, state: PPOState
 ) -> tuple[dict[str, Any], list[str]]:
     """Metrics and texts of responses to held-out prompts, sampled with the same random numbers every time."""
+    run.phase("evaluate")
     trajectory = sample(roles.policy, tokenizer, prompts, cfg, 0)
     scored = score_samples(roles, trajectory, cfg, prompts)
     shaped = compute_advantages(scored, trajectory.response_mask, cfg, state)
@@ -189,7 +190,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     run.begin(cfg.iterations, learners, save, state)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     mixed = ptx_batches(others, cfg, run.done)
-    timer = PhaseTimer(run.device)
+    timer = PhaseTimer(run.device, run.phase)
     metrics: dict[str, Any] = {}
     samples = run.write(lambda: keep_lines(Path(cfg.output) / SAMPLES, run.done or -1))
     before = [sample["response"] for sample in samples if sample["step"] == 0]

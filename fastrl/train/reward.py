@@ -91,6 +91,7 @@ def report_held_out(
     """`held_out_metrics`, and scored answers to the first few prompts; {} if there is nothing held out."""
     if not held_out:
         return {}
+    run.phase("evaluate")
     scores = score_preferences(scorer, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     names = score_head(scorer.model).names
     metrics = held_out_metrics(scores, held_out, names)
@@ -98,10 +99,14 @@ def report_held_out(
     run.report(metrics, "eval")
     remaining = iter(scores.tolist())
     for preference in held_out[: cfg.samples]:
-        run.print(f"  prompt: {tokenizer.decode(preference.prompt_ids)!r}")
+        prompt = tokenizer.decode(preference.prompt_ids)
+        run.print(f"  prompt: {prompt!r}")
         for rank, response in zip(preference.ranks, preference.responses, strict=True):
             text = tokenizer.decode(response, skip_special_tokens=True)
-            shown = ", ".join(f"{name} {score:+.3f}" for name, score in zip(names, next(remaining), strict=True))
+            own = dict(zip(names, next(remaining), strict=True))
+            score = own if len(names) > 1 else own[names[0]]
+            run.samples([{"prompt": prompt, "response": text, "rank": rank, "score": score}])
+            shown = ", ".join(f"{name} {value:+.3f}" for name, value in own.items())
             run.print(f"  {shown} (rank {rank}): {text!r}")
     return metrics
 

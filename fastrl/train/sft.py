@@ -56,8 +56,10 @@ def evaluate(model: Any, examples: Sequence[Example], pad_id: int, micro_batch_s
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
-def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
-    """Greedy answers to the prompts of examples, as printable text."""
+def sample_answers(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int
+) -> list[dict[str, str]]:
+    """Greedy answers to the prompts of examples: [{"prompt", "response"}, ...]."""
     prompts = [e.input_ids[: e.loss_mask.index(True)] for e in examples if True in e.loss_mask]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -65,7 +67,7 @@ def sample_answers(model: Any, tokenizer: Any, examples: Sequence[Example], max_
     trajectory = rollout(model, tokenizer, prompts, max_new_tokens=max_new_tokens, greedy=True)
     answers = decode_responses(tokenizer, trajectory)
     return [
-        f"  prompt: {tokenizer.decode(prompt, skip_special_tokens=True)!r}\n  answer: {answer!r}"
+        {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "response": answer}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -76,12 +78,15 @@ def report_held_out(
     """Evaluate on the held-out examples and print answers to the first few; {} if there are none."""
     if not held_out:
         return {}
+    run.phase("evaluate")
     metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     if is_main():
-        for text in sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens):
-            run.print(text)
+        samples = sample_answers(policy.model, tokenizer, held_out[: cfg.samples], cfg.sample_tokens)
+        run.samples(samples)
+        for sample in samples:
+            run.print("  prompt: {prompt!r}\n  answer: {response!r}".format(**sample))
     return metrics
 
 

@@ -88,6 +88,30 @@ def test_other_settings_are_an_error(loop, monkeypatch):
         main(replace(cfg, resume=True, learning_rate=0.5))
 
 
+@pytest.mark.parametrize("loop", ["sft", "ppo"], indirect=True)
+def test_other_settings_are_taken_where_the_user_says_so(loop, monkeypatch, capsys):
+    """The new rate holds from the next step on, at the schedule's place; moments and data go on."""
+    main, cfg = loop
+    whole = replace(cfg, output=f"{cfg.output}-whole", learning_rate=cfg.learning_rate / 2)
+    main(whole)
+    interrupt(monkeypatch, main, cfg, 4)
+    capsys.readouterr()
+    main(replace(cfg, resume=True, resume_changed=True, learning_rate=cfg.learning_rate / 2))
+    out = capsys.readouterr().out
+    assert out.count("settings that have changed") == 1 and "learning_rate was 0.001, is 0.0005" in out
+    rates, wanted = ([r["lr"] for r in reported(x.output) if r["kind"] == "train"] for x in (cfg, whole))
+    assert rates[2:] == wanted[2:] and rates[:2] == [2 * rate for rate in wanted[:2]]
+
+
+@pytest.mark.parametrize("loop", ["sft"], indirect=True)
+def test_other_trained_weights_are_refused_even_then(loop, monkeypatch):
+    main, cfg = loop
+    interrupt(monkeypatch, main, cfg, 4)
+    for options in ({"lora_rank": 2}, {"tuner": "full"}):
+        with pytest.raises(ValueError, match=r"step-000002: expected the trained weights that it holds, got others: "):
+            main(replace(cfg, resume=True, resume_changed=True, **options))
+
+
 @pytest.mark.parametrize("loop", ["sft"], indirect=True)
 def test_what_is_there_at_the_start(loop, monkeypatch, capsys):
     """Nothing to go on from: a run from the beginning. A new run puts an earlier one aside, whole."""

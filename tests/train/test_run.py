@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 import signal
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastrl import cli
-from fastrl.run import lock
+from fastrl.run import lock, trackers
 from fastrl.run import run as runs
+from fastrl.run.metrics import MetricsLog, PhaseTimer
 from fastrl.run.output import writing
+from fastrl.run.record import read_record
 from fastrl.run.resume import newest_state
 from fastrl.train import ppo
+
+PPO_PHASES = {"train", "sample", "score", "logprobs", "advantages", "update", "evaluate", "save"}
 
 
 @pytest.fixture(params=["sft", "ppo"])
@@ -137,10 +143,81 @@ def test_a_second_run_in_the_folder_is_refused(sft_loop, monkeypatch, capsys):
         seen.append(sorted(p.name for p in Path(cfg.output).iterdir()))
 
     main(cfg, at(3, second))
-    assert seen == [["checkpoints", "metrics.jsonl", "run.lock"]]
+    assert seen == [["checkpoints", "metrics.jsonl", "run.json", "run.lock", "samples.jsonl"]]
     assert [r["step"] for r in reported(cfg.output) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     main(cfg, at(3, lambda: None))  # the earlier run is put aside, the lock goes with the new one
     assert not Path(cfg.output, lock.LOCK).exists() and not Path(f"{cfg.output}.previous", lock.LOCK).exists()
+
+
+# --- what a run tells
+
+
+def test_a_run_tells_its_tracker_what_its_log_gets(sft_loop, monkeypatch):
+    main, cfg = sft_loop
+    told = []
+
+    class Tracker:
+        def __getattr__(self, method):
+            return lambda *arguments, **options: told.append((method, *arguments, *options.values()))
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(trackers, "start", lambda name, output: Tracker())
+    main(replace(cfg, tracker="wandb"))
+    steps = [step for method, *_, step in told[1:-1] if method == "log"]
+    assert (told[0][0], told[0][1]["seed"], told[-1]) == ("store_init_configuration", 0, ("finish",))
+    assert steps == [record["step"] for record in reported(cfg.output)]
+
+
+def test_a_tracker_that_is_missing_is_refused_before_anything_is_written(sft_loop):
+    main, cfg = sft_loop
+    with pytest.raises(ValueError, match="unknown tracker 'wand'; did you mean 'wandb'"):
+        main(replace(cfg, tracker="wand"))
+    assert not Path(cfg.output).exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_the_phase_and_the_time_that_is_left(tmp_path, monkeypatch):
+    """Steps of a second each, of which two are made: three are left, in the phase that runs."""
+    terminal, clock = Terminal(), [0.0]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with MetricsLog(tmp_path, total=5, title="ppo") as log:
+        log._bar._time = lambda: clock[0]
+        log._bar.start_t = log._bar.last_print_t = 0.0
+        timer = PhaseTimer("cpu", log.phase)
+        for step in (1, 2):
+            with timer.phase("sample"):
+                clock[0] += 1.0
+            log.write(step, loss=1.0)
+        with timer.phase("update"):
+            shown = terminal.getvalue().split("\r")[-1]
+    assert "ppo:  40%" in shown and "2/5 [00:02<00:03" in shown and shown.rstrip().endswith(", update]")
+    assert "sample]" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("name", "phases"), [("sft", {"train", "evaluate", "save"}), ("ppo", PPO_PHASES)])
+def test_loops_say_what_they_do_now(name, phases, tmp_path, tiny_policy, tiny_scalar, monkeypatch):
+    main, cfg = tiny_run(name, tmp_path, tiny_policy, tiny_scalar)
+    seen = set()
+    monkeypatch.setattr(MetricsLog, "phase", lambda self, phase: seen.add(phase))
+    main(replace(cfg, iterations=1) if name == "ppo" else replace(cfg, max_steps=2, save_every=1))
+    assert seen == phases
+
+
+def test_run_json_says_what_ran_and_how_it_ended(sft_loop):
+    main, cfg = sft_loop
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg, at(3, send(signal.SIGTERM)))
+    stopped = read_record(cfg.output)
+    assert (stopped["state"], stopped["steps"], stopped["settings"]["learning_rate"]) == ("stopped", 6, 1e-3)
+    assert stopped["why"].startswith("stopped after step 3 of 6") and stopped["versions"]["torch"] == torch.__version__
+    main(replace(cfg, resume=True))
+    finished = read_record(cfg.output)
+    assert (finished["state"], finished["begun"]) == ("finished", stopped["begun"])
+    assert finished["seconds"] > stopped["seconds"] > 0
 
 
 # --- full disks
