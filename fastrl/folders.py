@@ -171,6 +171,18 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
+def adapter_weights(path: str | Path) -> Path:
+    """The file that holds an adapter folder's weights.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    file = Path(path) / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
+    return file
+
+
 def adapter_base(path: str | Path) -> str:
     """Folder or hub id of the model that an adapter folder was trained on."""
     base = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -186,19 +186,6 @@ def test_reward_samples_show_scores_of_the_same_answers(tmp_path):
     assert score_change(read_run(tmp_path / "r")) is None
 
 
-def test_a_reliability_curve_is_drawn_beside_the_calibrated_one(tmp_path):
-    curves = [[[0.6, 0.5, 4], [0.9, 0.75, 4]], [[0.7, 0.7, 8]]]
-    evaluations = [evaluated(step, eval_accuracy=0.7, eval_reliability=curve) for step, curve in enumerate(curves)]
-    document = save_report(write_run(tmp_path / "reward", evaluations)).read_text()
-    section = document[document.index("<h2>Calibration") :]
-    assert [len(list(picture.iter(f"{SVG}polyline"))) for picture in pictures(section)[:1]] == [3]
-    assert "eval_reliability" not in document
-    score = {"helpful": 1.234, "harmless": -2}
-    samples = [{"step": 1, "prompt": "p", "response": "r", "rank": 0, "score": score}]
-    document = save_report(write_run(tmp_path / "plain", [evaluated(0, eval_accuracy=0.7)], samples)).read_text()
-    assert "<h2>Calibration" not in document and "helpful 1.23, harmless -2.00" in document
-
-
 def test_scores_of_samples_have_their_standard_error(tmp_path):
     """By hand: changes 1, 2, 3 have the mean 2 and the standard error 1 / sqrt(3)."""
     scores = {0: [0.0, 1.0, 2.0], 5: [9.0, 9.0, 9.0], 8: [1.0, 3.0, 5.0]}

@@ -69,6 +69,15 @@ TOOLS = (
     "{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}" + ASKS
 )
+# As for TRL's assistant_only_loss: answers stand between markers, which write nothing.
+MARKED = TOOLS.replace(
+    "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] %}{{ m['content'] }}{% endif %}",
+    "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] != 'assistant' %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% else %}{% generation %}{% if m['content'] %}{{ m['content'] }}{% endif %}",
+).replace(
+    "{{ '<|im_end|>\n' }}{% endfor %}" + ASKS,
+    "{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}" + ASKS,
+)
 SHAPES = {
     "chatml": CHATML,
     "no generation prompt": NO_GENERATION_PROMPT,
@@ -279,6 +288,27 @@ def test_tool_turns_are_passed_to_the_template(tmp_path):
         whole = tokenizer.apply_chat_template(TOOL_TURNS, tools=tools, return_dict=False)
         assert example.input_ids == whole[: len(example.input_ids)]
         assert tokenizer.decode(supervised(example)) == ('<call>weather{"at": "sea"}<|im_end|>It is sunny.<|im_end|>')
+
+
+@pytest.mark.parametrize("turns", [TOOL_TURNS, [{"role": "system", "content": "Be brief."}, *TOOL_TURNS, *TOOL_TURNS]])
+def test_targets_are_those_that_generation_markers_name(turns, tmp_path):
+    """In a template that has markers, of which nothing is read: transformers' own mask of the assistant's tokens."""
+    example, _ = load_one(make_tokenizer(MARKED), turns, tmp_path)
+    whole = make_tokenizer(MARKED).apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    count = len(example.input_ids)
+    assert example.input_ids == whole["input_ids"][:count] and not any(whole["assistant_masks"][count:])
+    assert example.loss_mask == [bool(kept) for kept in whole["assistant_masks"][:count]]
+    assert sum(example.loss_mask) > 0
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "forgetful"])
+def test_every_answer_is_a_target_but_those_that_are_marked(shape, tmp_path):
+    turns = [m for i in range(4) for m in (user(f"q{i}"), assistant(f"a{i}"))]
+    turns[3]["weight"] = 0
+    example, _ = load_one(make_tokenizer(SHAPES[shape], bos="<bos>"), turns, tmp_path)
+    targets = make_tokenizer().decode(supervised(example))
+    assert [answer for answer in ("a0", "a1", "a2", "a3") if answer in targets] == ["a0", "a2", "a3"]
+    assert "q" not in targets and targets.count("a") == 3
 
 
 def test_tool_turns_that_the_template_cannot_write_are_refused():

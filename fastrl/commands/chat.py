@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -124,15 +125,18 @@ def reply(
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    output = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=stop_token_ids,
-        pad_token_id=stop_token_ids[0],
-        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        **sampling,
-    )[0, len(prompt_ids) :].tolist()
+    shown = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT, of virtual tokens
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=options.max_new_tokens,
+            eos_token_id=stop_token_ids,
+            pad_token_id=stop_token_ids[0],
+            streamer=shown,
+            **sampling,
+        )[0, len(prompt_ids) :].tolist()
     if output and output[-1] in stop_token_ids:
         output.pop()
     return tokenizer.decode(output, skip_special_tokens=True).strip()
@@ -179,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastrl chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="folder or hub id; an adapter folder is merged into its base"
+        "model", metavar="MODEL", nargs="?", help="folder or hub id; an adapter is merged, if it can be"
     )
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="put the same questions to two models, answers beside each other"

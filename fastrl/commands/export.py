@@ -16,6 +16,7 @@ import torch
 
 from fastrl.folders import read_config
 from fastrl.models import adapter_base, is_adapter, load_policy, load_scalar_model, load_tokenizer
+from fastrl.models.merging import check_mergeable
 from fastrl.models.saving import save_model
 from fastrl.models.score_heads import claims_score_head
 from fastrl.models.weights import check_sizes
@@ -45,7 +46,8 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
     The merge happens in float32; `dtype` (default: as stored in the base) is applied afterwards.
 
     Raises:
-        ValueError: `out` is not empty and `overwrite` is False, or `out` holds `model` itself.
+        ValueError: `out` is not empty and `overwrite` is False, or `out` holds `model` itself; the adapter cannot be
+            merged.
     """
     model, folder = os.path.expanduser(model), Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -55,6 +57,7 @@ def export(model: str, out: str | Path, *, dtype: str | None = None, overwrite: 
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"export: out: {folder} is not empty; name another folder or give --overwrite")
 
+    check_mergeable(model)
     tokenizer = load_tokenizer(model)
     is_scalar = claims_score_head(model)
     load = load_scalar_model if is_scalar else load_policy

@@ -46,11 +46,12 @@ def pad(sequences: Sequence[Sequence[int]], pad_value: int, *, side: str) -> tup
 
 
 class SFTBatch(NamedTuple):
-    """Right-padded sequences; `loss_mask[b, t]` says that token t is a target that counts."""
+    """Right-padded rows; `loss_mask[b, t]` says that token t is a target that counts."""
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) bool
     loss_mask: Tensor  # (B, T) bool
+    packed_positions: Tensor | None = None  # (B, T), from 0 in each sequence of a row; None: a row is one sequence
 
 
 class RankingBatch(NamedTuple):

@@ -25,7 +25,8 @@ from fastrl.models.loading import (
     quiet_transformers,
     start_scalar_model,
 )
-from fastrl.models.tuners import TUNERS, LoRASettings, Tuner, add_lora, check_tuner, saves_adapter, tune
+from fastrl.models.lora_adapters import LoRASettings, add_lora
+from fastrl.models.tuners import TUNERS, Tuner, check_tuner, describe, saves_adapter, tune
 
 __all__ = [
     "TUNERS",
@@ -43,6 +44,7 @@ __all__ = [
     "check_tuner",
     "context_length",
     "default_device",
+    "describe",
     "final_hidden",
     "is_adapter",
     "last_token_scores",

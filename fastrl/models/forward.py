@@ -45,6 +45,7 @@ class Policy(Tuned):
         temperature: float = 1.0,
         return_entropy: bool = False,
         denominator: float | Tensor | None = None,
+        packed_positions: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities of the last R tokens of each row, or their summed loss; logits are never formed whole.
 
@@ -59,6 +60,8 @@ class Policy(Tuned):
             return_entropy: also return the entropies.
             denominator: positive; the result is then the loss, -sum of the log-probs / denominator. For micro-batches
                 pass the count of the whole batch.
+            packed_positions: (B, T) for rows that hold several sequences: each token's position in its own sequence. No
+                sequence sees another, and its first token, which nothing of its own predicts, does not count.
         Returns:
             (B, R) float32 nats, 0 where masked; with `return_entropy` the pair (log-probs, entropies); with
             `denominator` the 0-d float32 loss.
@@ -74,7 +77,9 @@ class Policy(Tuned):
         if denominator is not None and return_entropy:
             raise ValueError("Policy: return_entropy: expected False with a denominator, got True; take the log-probs")
         start = input_ids.shape[1] - length
-        hidden = self.tuner.hidden(input_ids, attention_mask)[:, start - 1 : -1]  # (B, R, H)
+        hidden = self.tuner.hidden(input_ids, attention_mask, packed_positions)[:, start - 1 : -1]  # (B, R, H)
+        if packed_positions is not None:
+            mask = mask & (packed_positions[:, start:] > 0)
         head = lm_head(self.model)
         arguments = hidden, head.weight, input_ids[:, start:]
         options = {"mask": mask, "temperature": temperature, **head.options()}

@@ -21,8 +21,10 @@ from fastrl.folders import (
     read_config,
     reading,
 )
+from fastrl.models.bottleneck import FORMAT as BOTTLENECK
+from fastrl.models.bottleneck import load_bottlenecks
 from fastrl.models.heads import base_model
-from fastrl.models.merging import merge_adapter
+from fastrl.models.merging import check_mergeable, kept_kind, merge_adapter
 from fastrl.models.score_heads import (
     CLASSIFIER,
     check_criteria,
@@ -33,6 +35,9 @@ from fastrl.models.score_heads import (
     set_pad_token,
     with_scalar_head,
 )
+from fastrl.models.tuners import TunerSettings, coming_tokens
+from fastrl.models.virtual import virtual_tokens
+from fastrl.models.virtual_tuning import load_virtual_tokens
 from fastrl.models.weights import check_config, check_loaded, check_policy_adapter
 
 KINDS = {
@@ -74,18 +79,17 @@ def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerBase:
 def load_policy(
     path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """Causal LM of a folder or hub id, in eval mode; an adapter folder is loaded and merged into
-    its base.
+    """Causal LM of a folder or hub id, in eval mode; an adapter folder is loaded and merged into its base.
 
-    `model.config._name_or_path` stays `path`, so that `saving.save_merged_base` can tell
-    a merged model.
+    `model.config._name_or_path` stays `path`, so that `saving.save_merged_base` can tell a merged model. An adapter
+    that cannot be merged (`merging.UNMERGEABLE`) is kept on its base: `tuners.kept_tuner` goes on with it.
     """
     path, device = _existing(path), usable_device(device)
     if not is_adapter(path):
         return _from_pretrained(transformers.AutoModelForCausalLM, path, dtype).to(device).eval()
     check_policy_adapter(path)
     base = load_policy(adapter_base(path), dtype=dtype, device=device)
-    return _merged(base, path)
+    return _with_adapter(base, path)
 
 
 def load_scalar_model(
@@ -125,29 +129,39 @@ def start_scalar_model(
     The head is N(0, 1 / sqrt(H + 1)), drawn from torch's global generator.
 
     Raises:
-        ValueError: the reward model scores several criteria, and there are others.
+        ValueError: the reward model scores several criteria, and there are others; a language model's adapter that
+            cannot be merged.
     """
     path = _existing(path)
     if claims_score_head(path):
         model = load_scalar_model(path, dtype=dtype, device=device)
         check_criteria(model, criteria, path)
         return model
+    check_mergeable(path)
     return with_scalar_head(load_policy(path, dtype=dtype, device=device), criteria).eval()
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Longest sequence the model was built for; None if its config does not say."""
-    return getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: nn.Module, settings: TunerSettings | None = None) -> int | None:
+    """Longest sequence the model was built for, less its virtual tokens and, with a loop's settings, those that `tune`
+    will add; None if its config does not say.
+    """
+    context = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - _virtual_tokens(model, settings)
 
 
-def check_context(model: nn.Module, length: int, setting: str) -> None:
-    """Raise ValueError if `setting` asks for sequences longer than the model's context."""
-    context = context_length(model)
+def check_context(model: nn.Module, length: int, setting: str, settings: TunerSettings | None = None) -> None:
+    """Raise ValueError if `setting` asks for sequences longer than the model's context; see `context_length`."""
+    context, virtual = context_length(model, settings), _virtual_tokens(model, settings)
     if context is not None and length > context:
+        less = f" less {virtual} virtual tokens" if virtual else ""
         raise ValueError(
-            f"{setting}: expected at most {context} tokens, the model's context, got {length};"
+            f"{setting}: expected at most {context} tokens, the model's context{less}, got {length};"
             f" lower {setting}, or take a model with a longer context"
         )
+
+
+def _virtual_tokens(model: nn.Module, settings: TunerSettings | None) -> int:
+    return virtual_tokens(model) + (coming_tokens(model, settings) if settings else 0)
 
 
 @contextmanager
@@ -220,7 +234,7 @@ def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -
     else:
         policy = load_policy(base_path, dtype=dtype, device=device)
         base = with_scalar_head(policy, fields.get("fastrl_score_names", ()))
-    model: Any = _merged(base, path)
+    model: Any = _with_adapter(base, path)
     if score is not None:
         model.score.weight.data = score.to(model.score.weight)
     if (Path(path) / "tokenizer_config.json").is_file():
@@ -230,6 +244,12 @@ def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -
     return model
 
 
-def _merged(base: transformers.PreTrainedModel, path: str) -> transformers.PreTrainedModel:
+def _with_adapter(base: transformers.PreTrainedModel, path: str) -> Any:
+    """The base with an adapter merged into it or, if that cannot be, kept on it."""
     with quiet_transformers():
+        kind = kept_kind(path)
+        if kind == BOTTLENECK:
+            return load_bottlenecks(base, path)
+        if kind:
+            return load_virtual_tokens(base, path)
         return merge_adapter(base, path)

@@ -14,8 +14,12 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastrl.folders import ADAPTER_WEIGHTS, reading
+from fastrl.folders import ADAPTER_CONFIG, adapter_base, adapter_weights, is_adapter, read_json, reading
+from fastrl.models.bottleneck import FORMAT as BOTTLENECK
+from fastrl.models.virtual_tuning import GOES_ON as VIRTUAL
 
+UNMERGEABLE = {kind: "its virtual tokens are no weights of the base" for kind in VIRTUAL}  # by peft_type
+UNMERGEABLE[BOTTLENECK] = "its layers are not linear"
 PREFIX = "base_model.model."  # of names in an adapter's file
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of outputs, as a share of the largest
 PROBED = 8  # tokens
@@ -34,9 +38,7 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
         ValueError: the adapter cannot be merged, is of another base, or the merged model's outputs on a few tokens
             differ from the adapter's by more than rounding.
     """
-    file = Path(path) / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; save the adapter as safetensors")
+    file = adapter_weights(path)
     with reading(path):
         config = peft.PeftConfig.from_pretrained(path)
     _check_kind(config, base, path)
@@ -53,6 +55,33 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
     _compare(_outputs(merged), want, merged.dtype, path)
     merged.config._name_or_path = merged.name_or_path = path
     return merged.eval()
+
+
+def check_mergeable(path: str) -> None:
+    """Raise ValueError if path is the folder of an adapter that is kept on its base, as it cannot be merged."""
+    kind = kept_kind(path)
+    if kind:
+        raise ValueError(
+            f"{path}: a {kind} adapter cannot be merged into a model: {UNMERGEABLE[kind]}; give its base,"
+            f" {adapter_base(path)}, or an adapter of LoRA"
+        )
+
+
+def kept_kind(path: str) -> str:
+    """peft_type of a folder's adapter if it is kept on its base, as it cannot be merged; else "".
+
+    Raises:
+        ValueError: the base of such an adapter is an adapter, too.
+    """
+    kind = str(read_json(Path(path) / ADAPTER_CONFIG).get("peft_type")) if is_adapter(path) else ""
+    if kind not in UNMERGEABLE:
+        return ""
+    if is_adapter(adapter_base(path)):
+        raise ValueError(
+            f"{path}: a {kind} adapter needs a whole model as its base, got the adapter {adapter_base(path)};"
+            " write that one with `fastrl export`, and its folder into adapter_config.json as the base"
+        )
+    return kind
 
 
 def _fold(model: Any, path: str) -> Any:

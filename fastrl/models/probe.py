@@ -6,6 +6,7 @@ family but tried, and what does not fit is refused with the measured difference:
 
     causality    another last token changes no earlier logit
     log-probs    `response_logprobs`, with and without left padding, against log_softmax of the model's own logits
+    packing      states of sequences that share a row against those of each alone, where packing is asked for
     cache        decoded steps, rows left-padded and exchanged, against the same logits; without a usable cache a model
                  is sampled without one
     scores       `Scorer` against the logits of transformers' own classifier
@@ -24,6 +25,8 @@ from fastrl.models import final_hidden, response_logprobs
 from fastrl.models.decoding import NO_CACHE, evaluating, next_logits
 from fastrl.models.forward import as_scorer
 from fastrl.models.heads import base_model, lm_head, score_head
+from fastrl.models.hidden import VIRTUAL_TOKENS
+from fastrl.models.tuners import TunerSettings, coming_tokens
 from fastrl.models.weights import check_sizes
 
 LENGTH, SHORT, STEPS = 12, 6, 3  # tokens of the probe's two rows; decoded steps
@@ -36,6 +39,8 @@ NOT_OURS = (
 )
 NO_STEPS = "decoding with its cache gives other logits than reading the whole sequence"
 
+NOT_PACKED = "something of a sequence reaches the next one in its row; use --packing none"
+
 Result = TypeVar("Result")
 
 
@@ -43,9 +48,11 @@ Result = TypeVar("Result")
 def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError unless model and tokenizer fit and the fused log-probs are those of the model's own logits.
 
-    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so.
+    A model whose cache cannot be used is marked as one to sample without, and a line is printed that says so. Virtual
+    tokens are left out: `check_tuner` tries them.
     """
     check_sizes(model, tokenizer, path)
+    model = base_model(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     with evaluating(model):
@@ -74,9 +81,34 @@ def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
 
 
 @torch.no_grad()
+def check_packing(model: Any, tokenizer: Any, path: str | Path, settings: TunerSettings | None = None) -> None:
+    """Raise ValueError unless sequences that share a row have the hidden states that each has alone; nor do they if the
+    model has virtual tokens, or will have them from the tuner of `settings`.
+    """
+    if settings and coming_tokens(model, settings):
+        raise ValueError(f"{path}: {VIRTUAL_TOKENS}")
+    check = Comparison(model, path)
+    ids = probe_tokens(model, tokenizer)[0]
+    alone, kept = with_padding(ids)
+    neighbours = torch.stack([ids, ids.flip(0)])  # rows of `packed` differ in the first of their two sequences
+    packed = torch.cat([neighbours, alone[1:, -SHORT:].expand(2, -1)], dim=1)
+    positions = torch.cat([torch.arange(LENGTH), torch.arange(SHORT)]).to(ids.device).expand_as(packed)
+    with evaluating(model):
+        first, second = final_hidden(model, alone, kept)
+        every = torch.ones_like(packed).bool()
+        found = check.attempt("packing", lambda: final_hidden(model, packed, every, positions))
+        spread, beside = first.float().std(-1).mean(), found[:, LENGTH:]
+        one, other = beside[0], beside[1]
+        check.same("packing: states beside another neighbour", one, other, spread, NOT_PACKED, CAUSAL_TOLERANCE)
+        check.same("packing: states beside a neighbour", one, second[-SHORT:], spread, NOT_PACKED)
+        check.same("packing: states of the first in a row", found[0, :LENGTH], first, spread, NOT_PACKED)
+
+
+@torch.no_grad()
 def check_scalar(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Raise ValueError unless model and tokenizer fit and the scores are those of transformers' own classifier."""
     check_sizes(model, tokenizer, path)
+    model = base_model(model)
     check = Comparison(model, path)
     ids = probe_tokens(model, tokenizer)
     every = torch.ones_like(ids).bool()

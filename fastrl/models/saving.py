@@ -14,6 +14,7 @@ import transformers
 from fastrl.checks import NonFiniteError
 from fastrl.folders import is_adapter
 from fastrl.model_files import replacing
+from fastrl.models.bottleneck import bottleneck_names, write_bottlenecks
 from fastrl.models.heads import base_model
 from fastrl.models.loading import quiet_transformers
 from fastrl.models.score_heads import SCORE_FIELDS, SCORE_FILE
@@ -25,12 +26,11 @@ def save_model(
     tokenizer: transformers.PreTrainedTokenizerBase,
     folder: str | Path,
 ) -> Path:
-    """Write model and tokenizer into `folder`, which transformers (or PEFT, for an adapter) loads
-    without fastrl.
+    """Write model and tokenizer into `folder`, which transformers (or PEFT, for its adapters) loads without fastrl.
 
     The folder then holds this model alone, whole (`model_files.replacing`).
 
-    Of a PEFT model only the adapter is written; a reward adapter's normalisation, which a full model has in its
+    Of a model with an adapter only that is written; a reward adapter's normalisation, which a full model has in its
     config.json, goes to fastrl_score.json (beside a config.json, transformers would take the folder for a full model).
 
     Raises:
@@ -70,12 +70,14 @@ def _write(
         _name_base(model)
         model.save_pretrained(str(staging), save_embedding_layers=False)
         (staging / "README.md").unlink(missing_ok=True)  # a model card without content
-        config = base_model(model).config
-        score = {name: getattr(config, name) for name in SCORE_FIELDS if hasattr(config, name)}
-        if score:
-            (staging / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
+    elif bottleneck_names(model):
+        write_bottlenecks(model, staging)
     else:
         model.save_pretrained(staging)
+    config = base_model(model).config
+    score = {name: getattr(config, name) for name in SCORE_FIELDS if hasattr(config, name)}
+    if score and is_adapter(staging):
+        (staging / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
     tokenizer.save_pretrained(staging)
     if base_model(model).can_generate():
         write_generation_config(base_model(model), tokenizer, staging)

@@ -67,6 +67,7 @@ def read_score_fields(adapter: str | Path) -> dict[str, Any]:
 def check_score_head(model: Any, path: str) -> None:
     """Raise ValueError unless the model has a linear head `score` with one output, or one a name of its criteria."""
     head = getattr(model, "score", None)
+    head = getattr(head, "original_module", head)  # as PEFT keeps it beside virtual tokens
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{path}: expected a {type(model).__name__} with a linear head `score`, got none; choose a causal"

@@ -60,7 +60,7 @@ def load_state(state_file: Path, settings: Any, learners: Sequence[Learner], own
         learner.optimizer.load_state_dict({**optimizer, "param_groups": groups})
         _place(learner, schedule["last_epoch"])
     if own is not None:
-        vars(own).update(state["own"])
+        vars(own).update(state.get("own", {}))
     return state["step"]
 
 

@@ -14,7 +14,7 @@ from fastrl.run.output import LOG, SAMPLES
 from fastrl.run.record import read_record
 
 POINTS = 150  # of a curve
-PERCENT = ("accuracy", "accuracy_se", "token_accuracy", "stopped", "clip_frac", "vf_clip_frac")
+PERCENT = ("accuracy", "token_accuracy", "stopped", "clip_frac", "vf_clip_frac")
 Curves = dict[str, tuple[list[float], list[float]]]  # {name: (steps, values)}
 
 

@@ -31,15 +31,11 @@ from fastrl.run.runfiles import (
 )
 
 SHOWN_SAMPLES = 20
-RELIABILITY = "eval_reliability"  # [confidence, share right, pairs] of each bin
 TITLES = {
     "loss": "Loss",
     "perplexity": "Perplexity",
     "accuracy": "Pairs in the right order",
     "token_accuracy": "Tokens that are the model's first choice",
-    "ece": "Expected calibration error",
-    "length_correlation": "Correlation of score and answer length",
-    "criteria_correlation": "Correlation of criteria",
     "score": "Score",
     "reward": "Score minus KL penalty",
     "kl_k1": "KL to the reference, nats per answer",
@@ -97,7 +93,6 @@ def sections(run: RunFiles) -> list[tuple[str, list[Html]]]:
     found = [
         ("Held out", _held_out_table(run)),
         ("By criterion", criteria(run)),
-        ("Calibration", calibration(run)),
         ("Samples before and after", samples(run)),
         ("Curves", curves(run)),
         ("Time and memory", times(run)),
@@ -119,19 +114,6 @@ def criteria(run: RunFiles) -> list[Html]:
         series = {label: [pair[at] for pair in pairs.values()] for at, label in enumerate(("before", "after"))}
         charts.append(bar_chart(f"{title(metric)}, held out", list(pairs), series, percent=is_percent(metric)))
     return charts
-
-
-def calibration(run: RunFiles) -> list[Html]:
-    """The reliability curve of a reward model's first and last evaluation: the share of pairs in the right order, over
-    how sure the scores are of it.
-    """
-    evaluations = run.of_kind("eval")
-    found = {name: (evaluations or [{}])[at].get(RELIABILITY) for name, at in (("before", 0), ("after", -1))}
-    curves: Curves = {name: ([p[0] for p in c], [p[1] for p in c]) for name, c in found.items() if c}
-    if not curves:
-        return []
-    curves["calibrated"] = ([0.5, 1.0], [0.5, 1.0])
-    return [line_chart("Pairs in the right order", "probability that the scores give it", curves, percent=True)]
 
 
 def samples(run: RunFiles) -> list[Html]:
@@ -211,8 +193,7 @@ def _ordered(metrics: Iterable[str]) -> list[str]:
 def _not_numbers(run: RunFiles) -> list[Html]:
     """What the last evaluation says in lists and texts."""
     last = (run.of_kind("eval") or [{}])[-1]
-    drawn = {"kind", RELIABILITY, *numbers(last)}
-    others = {name: value for name, value in last.items() if name not in drawn and value}
+    others = {name: value for name, value in last.items() if name != "kind" and name not in numbers(last) and value}
     lines = [f"{name}: {json.dumps(value)}" for name, value in others.items() if name != "step"]
     return [preformatted("\n".join(line[:2000] for line in lines))] if lines else []
 
@@ -304,8 +285,6 @@ def _ranked(record: dict[str, Any]) -> str:
 
 def _score(record: dict[str, Any]) -> str:
     score = record.get("score")
-    if isinstance(score, dict):  # of each criterion
-        return ", ".join(f"{name} {value:.2f}" for name, value in score.items())
     return f"{score:.2f}" if isinstance(score, (int, float)) else str(score or "")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrl.data import shuffled_batches
 from fastrl.data.batches import chunks
-from fastrl.models import Policy, Scorer, saves_adapter, tune
+from fastrl.models import Policy, Scorer, describe, saves_adapter, tune
 from fastrl.models.saving import save_merged_base, save_model
 from fastrl.run.optim import Learner, count_steps, make_optimizer, make_schedule
 from fastrl.run.run import Run
@@ -42,6 +42,7 @@ def begin_epochs(
     if saves_adapter(cfg):
         run.write(lambda: save_merged_base(model, tokenizer, cfg.output))
     module = around(tune(model, cfg, keep_loaded=keep_loaded))
+    print(describe(module, cfg))
     optimizer = make_optimizer(module, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, eps=cfg.adam_eps)
     schedule = make_schedule(optimizer, kind=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total)
     learner = Learner(module, optimizer, schedule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,22 @@ def sft_loss(policy: nn.Module, batch: SFTBatch, *, denominator: int) -> Tensor:
     Pass the supervised tokens of the whole optimizer step, so that micro-batches add up to the
     full batch's loss and gradient exactly.
     """
-    mask = batch.loss_mask[:, 1:]
-    return cast(Tensor, as_policy(policy)(batch.input_ids, batch.attention_mask, mask, denominator=denominator))
+    return cast(Tensor, _forward(policy, batch, denominator=denominator))
 
 
 def sft_logprobs(policy: nn.Module, batch: SFTBatch) -> Tensor:
     """(B, T-1) log-probability of each next token, 0 where it is not supervised."""
-    return cast(Tensor, as_policy(policy)(batch.input_ids, batch.attention_mask, batch.loss_mask[:, 1:]))
+    return cast(Tensor, _forward(policy, batch))
+
+
+def _forward(policy: nn.Module, batch: SFTBatch, **options: Any) -> Any:
+    return as_policy(policy)(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.loss_mask[:, 1:],
+        packed_positions=batch.packed_positions,
+        **options,
+    )
 
 
 def reward_loss(scorer: nn.Module, batch: RankingBatch, *, center_coef: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,8 @@ def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Pro
     """Prompts to train on and held-out ones, at most `batch_size`. Too long ones are dropped and counted."""
     models = roles.policy.model, roles.critic.model
     for model in models:
-        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1")
-    contexts = [context_length(model) or math.inf for model in models]
+        check_context(model, cfg.max_new_tokens + 1, "max_new_tokens + 1", cfg)
+    contexts = [context_length(model, cfg) or math.inf for model in models]
     room = int(min(cfg.max_prompt_length, *(context - cfg.max_new_tokens for context in contexts)))
     return load_split(load_prompts, cfg, tokenizer, holdout=0.1, most=cfg.batch_size, max_prompt_length=room)
 

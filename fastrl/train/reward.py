@@ -102,12 +102,10 @@ def report_held_out(
         prompt = tokenizer.decode(preference.prompt_ids)
         run.print(f"  prompt: {prompt!r}")
         for rank, response in zip(preference.ranks, preference.responses, strict=True):
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            own = dict(zip(names, next(remaining), strict=True))
-            score = own if len(names) > 1 else own[names[0]]
-            run.samples([{"prompt": prompt, "response": text, "rank": rank, "score": score}])
-            shown = ", ".join(f"{name} {value:+.3f}" for name, value in own.items())
-            run.print(f"  {shown} (rank {rank}): {text!r}")
+            text, values = tokenizer.decode(response, skip_special_tokens=True), next(remaining)
+            scores_of = dict(zip(names, values, strict=True))
+            run.samples([{"prompt": prompt, "response": text, "rank": rank, **scores_of}])
+            run.print(f"  {', '.join(f'{n} {score:+.3f}' for n, score in scores_of.items())} (rank {rank}): {text!r}")
     return metrics
 
 
@@ -173,7 +171,7 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
     pad_apart(tokenizer, cfg.template)
     set_pad_token(model, tokenizer)
     check_scalar(model, tokenizer, cfg.model)
-    check_context(model, cfg.max_length, "max_length")
+    check_context(model, cfg.max_length, "max_length", cfg)
     check_tuner(model, cfg)
 
     # 3 tuner, optimizer, schedule, batches

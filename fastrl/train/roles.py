@@ -14,6 +14,7 @@ from fastrl.models import (
     Policy,
     Scorer,
     check_tuner,
+    describe,
     load_policy,
     load_scalar_model,
     load_tokenizer,
@@ -103,7 +104,10 @@ def tune_roles(roles: Roles, settings: TunerSettings) -> Roles:
     torch's global generator.
     """
     policy, critic = (tune(model, settings, keep_loaded=True) for model in (roles.policy.model, roles.critic.model))
-    return roles._replace(policy=Policy(policy).eval(), critic=Scorer(critic, roles.critic.weights).eval())
+    tuned = Policy(policy).eval(), Scorer(critic, roles.critic.weights).eval()
+    for name, role in zip(("policy", "critic"), tuned, strict=True):
+        print(f"{name}: {describe(role, settings)}")
+    return roles._replace(policy=tuned[0], critic=tuned[1])
 
 
 @torch.no_grad()

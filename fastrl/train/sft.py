@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from fastrl.data import Example, load_examples
-from fastrl.data.batches import chunks, sft_batch, supervised_tokens
+from fastrl.data.batches import chunks, supervised_tokens
+from fastrl.data.packing import PACKINGS, arrange, packed_batch
 from fastrl.data.split import load_split
 from fastrl.data.templates import record_template
 from fastrl.models import Policy, check_context, check_tuner, load_policy, load_tokenizer
-from fastrl.models.probe import check_policy
+from fastrl.models.probe import check_packing, check_policy
 from fastrl.models.saving import save_model
 from fastrl.rollout import decode_responses, rollout
 from fastrl.run.config import checked, option
@@ -40,16 +41,31 @@ class SFTConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings, Da
 
     output: str = option("runs/sft", "folder for the model, checkpoints/ and metrics.jsonl", path=True)
     data: list[str] | str = option(MISSING, "instructions: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
+    packing: str = option(
+        "none",
+        "examples that share a row, unseen by each other: none; balanced (rows of equal length, at most max_length"
+        " tokens; micro_batch_size counts rows); padding-free (a micro-batch is one row)",
+        choices=PACKINGS,
+    )
     sample_tokens: int = option(64, "longest answer printed at evaluations, in tokens", at_least=1)
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Sequence[Example], pad_id: int, micro_batch_size: int) -> dict[str, float]:
-    """Loss per supervised token and perplexity = exp(loss), without dropout."""
+def evaluate(
+    model: Any,
+    examples: Sequence[Example],
+    pad_id: int,
+    micro_batch_size: int,
+    *,
+    packing: str = "none",
+    max_length: int = 0,
+) -> dict[str, float]:
+    """Loss per supervised token and perplexity = exp(loss), without dropout; rows as `arrange` makes them."""
     model.eval()
+    rows, size = arrange(share(examples), packing, max_length=max_length, size=micro_batch_size)
     total = 0.0
-    for micro in chunks(share(examples), micro_batch_size):
-        batch = sft_batch(micro, pad_id, model.device)
+    for micro in chunks(rows, size):
+        batch = packed_batch(micro, pad_id, model.device)
         total -= sft_logprobs(model, batch).sum(dtype=torch.float64).item()
     total = sum_over_ranks(torch.tensor(total, dtype=torch.float64)).item()
     loss = total / max(1, supervised_tokens(examples))
@@ -79,7 +95,8 @@ def report_held_out(
     if not held_out:
         return {}
     run.phase("evaluate")
-    metrics = evaluate(policy, held_out, tokenizer.pad_token_id, cfg.micro_batch_size)
+    size, pad_id = cfg.micro_batch_size, tokenizer.pad_token_id
+    metrics = evaluate(policy, held_out, pad_id, size, packing=cfg.packing, max_length=cfg.max_length)
     run.check_finite(metrics["eval_loss"])
     run.report(metrics, "eval")
     if is_main():
@@ -109,9 +126,11 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
     record_template(tokenizer, cfg.template, teach=True)
     model: Any = load_policy(cfg.model, dtype=cfg.dtype, device=run.device)
     check_policy(model, tokenizer, cfg.model)
-    check_context(model, cfg.max_length, "max_length")
+    if cfg.packing != "none":
+        check_packing(model, tokenizer, cfg.model, cfg)
+    check_context(model, cfg.max_length, "max_length", cfg)
     if cfg.samples > 0:
-        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1")
+        check_context(model, cfg.sample_tokens + 1, "sample_tokens + 1", cfg)
     check_tuner(model, cfg)
 
     # 2 data
@@ -124,15 +143,17 @@ def train(cfg: SFTConfig, run: Run) -> dict[str, Any]:
     if run.done == 0:
         report_held_out(run, policy, tokenizer, held_out, cfg)
 
-    def loss_of(micro: Sequence[Example], targets: int) -> Tensor:
-        return sft_loss(policy, sft_batch(micro, tokenizer.pad_token_id, policy.device), denominator=max(1, targets))
+    def loss_of(micro: Sequence[Sequence[Example]], targets: int) -> Tensor:
+        batch = packed_batch(micro, tokenizer.pad_token_id, policy.device)
+        return sft_loss(policy, batch, denominator=max(1, targets))
 
     for step in run.steps():
         # 4 gradients of the whole step, micro-batch by micro-batch; similar lengths together
         policy.train()
         examples = sorted(next(batches), key=lambda e: len(e.input_ids))
         targets = supervised_tokens(examples)
-        loss = accumulate(share(examples), cfg.micro_batch_size, partial(loss_of, targets=targets))
+        rows, size = arrange(share(examples), cfg.packing, max_length=cfg.max_length, size=cfg.micro_batch_size)
+        loss = accumulate(rows, size, partial(loss_of, targets=targets))
 
         # 5 update and report
         metrics = learn(run, learner, loss) | {"supervised_tokens": targets}

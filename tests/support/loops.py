@@ -13,7 +13,7 @@ from fastrl.cli import COMMANDS
 
 MODULES = {name: importlib.import_module(module) for name, (module, config, _) in COMMANDS.items() if config}
 MAINS = {name: (module.main, getattr(module, COMMANDS[name][1])) for name, module in MODULES.items()}  # and settings
-LOOPS = ["sft", "sft, full", "reward", "ppo", "ppo, full"]
+LOOPS = ["sft", "sft, full", "reward", "ppo", "ppo, full", "sft, bitfit", "sft, prefix"]
 
 
 def tiny_run(name: str, folder: Path, policy: Path, scalar: Path) -> tuple[Callable[[Any], Any], Any]:

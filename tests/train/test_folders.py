@@ -15,7 +15,7 @@ from loops import LOOPS, tiny_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, load_tokenizer, saves_adapter
+from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, load_tokenizer
 from fastrl.models.saving import save_model
 from fastrl.run.output import check_output, claim_output
 from fastrl.train import ppo, reward, sft
@@ -270,7 +270,7 @@ def test_a_run_that_is_refused_leaves_the_earlier_one(name, start, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in Path(cfg.output).rglob("*")}
     (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
     refused = [{"data": str(tmp_path / "broken.jsonl")}, {"data": "/nowhere.jsonl"}, {"batch_size": 0}]
-    if saves_adapter(cfg):
+    if cfg.tuner == "lora":
         refused.append({"lora_targets": "q_proj,q_prj"})
     refused += [{"stop_tokens": "abc"}] if main is ppo.main else []
     refused += [{"sample_tokens": 256}] if main is sft.main else []

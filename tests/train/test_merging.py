@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from fastrl.commands.export import export
-from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, merging
+from fastrl.models import LoRASettings, add_lora, load_policy, load_scalar_model, merging, response_logprobs, tune
 from fastrl.models.saving import save_merged_base, save_model
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 33, 2]])
@@ -189,19 +190,57 @@ def test_reward_adapter(tiny_scalar, tmp_path):
     assert load_scalar_model(tmp_path / "adapter", dtype="bfloat16").score.weight.dtype == torch.float32
 
 
-def test_what_cannot_be_merged_is_refused_by_name(tiny_policy, tmp_path):
-    for config in (
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ):
-        folder = tmp_path / config.peft_type.value
-        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy), config).save_pretrained(folder)
-        with pytest.raises(ValueError, match=f"got {config.peft_type.value}: its virtual tokens"):
-            load_policy(folder)
-        with pytest.raises(ValueError, match="cannot be merged|can be merged"):
-            export(str(folder), tmp_path / "out")
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(num_virtual_tokens=4),
+        peft.PrefixTuningConfig(num_virtual_tokens=4),
+        peft.PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
+        peft.PromptEncoderConfig(num_virtual_tokens=4),
+        peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_reparameterization_type="LSTM"),
+    ],
+)
+def test_virtual_tokens_are_kept_and_not_merged(config, tiny_policy, tiny_tokenizer, tmp_path):
+    """Anyone's: log-probs are PEFT's, `export` says that it cannot be, and another base is noticed."""
+    config.task_type, folder = "CAUSAL_LM", tmp_path / "adapter"
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy), config).save_pretrained(folder)
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+    ids, every = IDS[:1], torch.ones_like(IDS[:1])
+    with torch.no_grad():
+        want = plain(input_ids=ids).logits[0, -len(ids[0]) :].log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])
+        same(response_logprobs(load_policy(folder), ids, every, every[:, 1:].bool())[0], want[:, 0])
+    with pytest.raises(ValueError, match=f"a {config.peft_type.value} adapter cannot be merged into a model"):
+        export(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(save_base(tmp_path / "wider", tiny_tokenizer, hidden_size=64))
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="adapter: cannot be read: "):
+        load_policy(folder)
+
+
+def test_bottlenecks_of_another_base_are_refused(tiny_policy, tiny_tokenizer, tmp_path):
+    settings = SimpleNamespace(tuner="adapter", adapter_size=4, adapter_places="both")
+    save_model(tune(load_policy(tiny_policy), settings).model, tiny_tokenizer, tmp_path / "adapter")
+    stored = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    for sizes in ({"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
+        stored["base_model_name_or_path"] = str(save_base(tmp_path / f"{sizes}", tiny_tokenizer, **sizes))
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match="adapter: the adapter is of another base: model.layers"):
+            load_policy(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="save the adapter as safetensors"):
+        load_policy(tmp_path / "adapter")
+
+
+def test_an_adapter_that_is_kept_stands_on_a_whole_model(tiny_policy, tiny_tokenizer, tmp_path):
+    save_adapter(tmp_path / "first", tiny_policy, lora())
+    settings = SimpleNamespace(tuner="adapter", adapter_size=4, adapter_places="mlp")
+    save_model(tune(load_policy(tmp_path / "first"), settings).model, tiny_tokenizer, tmp_path / "second")
+    with pytest.raises(
+        ValueError, match="needs a whole model as its base, got the adapter .*first; write that one with"
+    ):
+        load_policy(tmp_path / "second")
 
 
 def test_what_peft_cannot_merge_is_refused(tiny_policy, tmp_path):

@@ -39,7 +39,7 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
     def build(name: str, **changes):
         loop, _, kind = name.partition(", ")
         folder = tmp_path_factory.mktemp("data")
-        _, cfg = tiny_run(name if kind == "full" else loop, folder, tiny_policy, tiny_scalar)
+        _, cfg = tiny_run(loop if kind == "bf16" else name, folder, tiny_policy, tiny_scalar)
         if loop == "ppo":
             cfg = replace(cfg, iterations=2, eval_every=1, target_kl=0.05, no_stop_score=-1.0, device="cpu")
         else:
@@ -69,6 +69,7 @@ def both(configs, tmp_path_factory, tiny_scalar):
         "criteria": ("reward", criteria, {}),
         "rewards": ("ppo", {"rewards": [f"0.5*{tiny_scalar}", "0.1*loops:brevity"]}, {}),
         "no targets": ("sft", exact, {"change": "no targets"}),
+        "packed": ("sft", {"packing": "balanced", "max_length": 32}, {}),
         "one row": ("sft", {**exact, "batch_size": 1}, {}),
         "everything": ("ppo, everything", {}, {}),
         "one row of ppo": ("ppo", {"batch_size": 3, "minibatch_size": 1, "target_kl": None}, {}),
@@ -138,7 +139,7 @@ def assert_same_run(one: Path, two: Path, loss: float = LOSS, weight: float = WE
         torch.testing.assert_close(got[name], value, atol=weight, rtol=weight, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("name", [*LOOPS, "criteria", "rewards"])
+@pytest.mark.parametrize("name", [*LOOPS, "criteria", "rewards", "packed"])
 def test_two_processes_equal_one(both, name):
     """Batches of 5 and 4 rows, in shares of 3 and 2: the same records and weights, and the same weights on both."""
     alone, seen, one, two = both(name)
