@@ -69,14 +69,14 @@ class PPOConfig(
     critic_learning_rate: float = option(5e-5, "peak rate of the critic (about 3e-6 for full fine-tuning)", above=0)
     schedule: str = option("linear", "constant, linear or cosine decay to 0", choices=tuple(SCHEDULES))
     warmup_steps: int = option(0, "iterations of linear warm-up", at_least=0)
-    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one tames the first updates", above=0)
-    max_grad_norm: float = option(1.0, "policy and critic are clipped apart; 0: not clipped", at_least=0)
+    adam_eps: float = option(1e-5, "Adam's epsilon; a larger one damps the first updates", above=0)
+    max_grad_norm: float = option(1.0, "clip gradients of policy and critic, each to this norm; 0: none", at_least=0)
     lora_rank: int = option(16, "LoRA rank of policy and critic; 0: full fine-tuning", at_least=0)
     lora_alpha: int = option(0, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     iterations: int = option(200, "rounds of sampling and updating", at_least=1)
-    batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
+    batch_size: int = option(64, "responses sampled per iteration; at most as many prompts are held out", at_least=1)
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
-    keep_best: bool = option(False, "also keep the policy of the best held-out score, in output/best")
+    keep_best: bool = option(False, "also keep the policy with the best held-out score, in output/best")
 
     def check(self) -> None:
         """Called by `checked`."""

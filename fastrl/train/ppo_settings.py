@@ -18,21 +18,21 @@ class RewardSettings:
     reward_weights: dict[str, float] | str = option(
         "", "weights of the criteria of reward_model, as helpful=1,harmless=0.5; needed if it has several"
     )
-    rewards: list[str] | str = option("", f"added to it: {FORMS}, or several; WEIGHT* may be left out, then it is 1")
+    rewards: list[str] | str = option("", f"added to the score: {FORMS}, or a list of them; WEIGHT* may be left out: 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KLSettings:
     """KL to the reference"""
 
-    kl_coef: float = option(0.05, "weight of the KL penalty; with kl_target, the first one", at_least=0)
-    kl_estimator: str = option(
-        "k1", "of the KL penalty and of the reported KL: k1, k2 or k3", choices=("k1", "k2", "k3")
-    )
-    kl_in: str = option("reward", "the penalty is in the reward, or in the loss (k2 or k3)", choices=("reward", "loss"))
-    kl_clip: float | None = option(None, "the KL of a token enters the reward clipped to +- this", above=0)
+    kl_coef: float = option(0.05, "weight of the KL penalty; with kl_target, where it starts", at_least=0)
+    kl_estimator: str = option("k1", "estimator of the KL penalty and of the reported KL", choices=("k1", "k2", "k3"))
+    kl_in: str = option("reward", "where the penalty is: reward, or loss (k2 or k3)", choices=("reward", "loss"))
+    kl_clip: float | None = option(None, "clip the KL of a token to +- this in the reward", above=0)
     kl_target: float | None = option(
-        None, "nats per response to which kl_coef adapts; not set: kl_coef is fixed (target_kl ends updates)", above=0
+        None,
+        "adapt kl_coef to this KL, in nats per response; null: fixed (target_kl ends updates)",
+        above=0,
     )
     kl_horizon: int = option(10_000, "responses in which kl_coef can grow by a fifth", at_least=1)
 
@@ -41,10 +41,10 @@ class KLSettings:
 class ScoreSettings:
     """Scores"""
 
-    score_norm: bool = option(False, "scores are normalised by mean and deviation of all scores of the run so far")
-    length_penalty: float = option(0.0, "taken off the score for each token beyond length_free", at_least=0)
-    length_free: int = option(0, "tokens of a response without length_penalty", at_least=0)
-    score_clip: float | None = option(None, "scores are clipped to +- this, after all of the above", above=0)
+    score_norm: bool = option(False, "normalise scores by mean and deviation of all scores of the run so far")
+    length_penalty: float = option(0.0, "subtract this from the score for each token beyond length_free", at_least=0)
+    length_free: int = option(0, "tokens of a response that cost no length_penalty", at_least=0)
+    score_clip: float | None = option(None, "clip scores to +- this, after all of the above", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +52,19 @@ class AdvantageSettings:
     """Advantages"""
 
     gamma: float = option(1.0, "discount from token to token", at_least=0, at_most=1)
-    gae_lambda: float = option(0.95, "of generalized advantage estimation", at_least=0, at_most=1)
-    center_advantages: bool = option(True, "their mean over all kept tokens is taken off")
-    scale_advantages: bool = option(True, "they are divided by their deviation over all kept tokens")
+    gae_lambda: float = option(0.95, "lambda of generalized advantage estimation", at_least=0, at_most=1)
+    center_advantages: bool = option(True, "subtract their mean over all kept tokens")
+    scale_advantages: bool = option(True, "divide them by their standard deviation over all kept tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """Loss"""
 
-    clip_coef: float = option(0.2, "the probability ratio is clipped to 1 +- this", above=0)
-    dual_clip: float | None = option(None, "bounds the loss of tokens of negative advantage at -this * A", above=1)
+    clip_coef: float = option(0.2, "clip the probability ratio to 1 +- this", above=0)
+    dual_clip: float | None = option(None, "bound the loss of tokens with negative advantage A at -this * A", above=1)
     vf_coef: float = option(0.1, "weight of the value loss", at_least=0)
-    vf_clip_coef: float | None = option(0.2, "values move at most this far from the old ones; null: freely", above=0)
+    vf_clip_coef: float | None = option(0.2, "clip values to +- this around the old ones; null: no clipping", above=0)
     ent_coef: float = option(0.0, "weight of the entropy bonus", at_least=0)
 
 
@@ -76,7 +76,7 @@ class UpdateSettings:
     micro_batch_size: int = option(8, "responses per forward pass; does not change the result", at_least=1)
     epochs: int = option(4, "passes over the responses of an iteration", at_least=1)
     target_kl: float | None = option(
-        None, "ends the updates of an iteration once approx_kl and the size of ppo_kl are above it", above=0
+        None, "end an iteration's updates once approx_kl and |ppo_kl| exceed this", above=0
     )
 
 
@@ -84,12 +84,14 @@ class UpdateSettings:
 class PTXSettings:
     """Mix of pretraining data (PTX)"""
 
-    ptx_data: list[str] | str = option("", "SFT data whose loss is added in every step; as data of fastrl sft")
-    ptx_columns: dict[str, str] | str = option("", "names of its columns, as prompt=question,completion=answer")
-    ptx_template: str = option("auto", "auto (that of data), chat, alpaca, or none for plain texts", choices=TEMPLATES)
-    ptx_coef: float = option(1.0, "weight of its loss per token (InstructGPT: 27.8)", above=0)
-    ptx_batch_size: int = option(16, "examples of it per optimizer step", at_least=1)
-    ptx_max_length: int = option(512, "longest prompt + response of it in tokens", at_least=2)
+    ptx_data: list[str] | str = option("", "SFT data whose loss is added in every step, in the formats of fastrl sft")
+    ptx_columns: dict[str, str] | str = option("", "names of ptx_data's columns, as prompt=question,completion=answer")
+    ptx_template: str = option(
+        "auto", "of ptx_data: auto (the policy's), chat, alpaca, or none (plain texts)", choices=TEMPLATES
+    )
+    ptx_coef: float = option(1.0, "weight of the SFT loss, a mean over tokens (InstructGPT: 27.8)", above=0)
+    ptx_batch_size: int = option(16, "examples of ptx_data per optimizer step", at_least=1)
+    ptx_max_length: int = option(512, "longest prompt + response of ptx_data in tokens", at_least=2)
 
 
 NEEDS = {

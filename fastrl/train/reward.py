@@ -61,9 +61,9 @@ class RewardConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings,
     learning_rate: float = option(1e-4, "peak learning rate (about 1e-5 for full fine-tuning)", above=0)
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning (the score head is always trained)", at_least=0)
     center_coef: float = option(0.0, "weight of the penalty that keeps scores near 0", at_least=0)
-    normalize_prompts: int = option(2000, "training prompts that set mean and variance; 0: all", at_least=0)
+    normalize_prompts: int = option(2000, "training prompts whose scores set mean and variance; 0: all", at_least=0)
     patience: int = option(
-        0, "evaluations without a better accuracy that end the run, with the best weights; 0: off", at_least=0
+        0, "stop after so many evaluations without better accuracy and save the best weights; 0: off", at_least=0
     )
 
 

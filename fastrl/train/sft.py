@@ -43,7 +43,7 @@ class SFTConfig(HeldOutSettings, TunerSettings, OptimSettings, EpochSettings, Da
     data: list[str] | str = option(MISSING, "instructions: hub id, JSON/JSONL(.gz), CSV, Parquet, folder, glob, list")
     packing: str = option(
         "none",
-        "examples that share a row, unseen by each other: none; balanced (rows of equal length, at most max_length"
+        "several examples in a row, unseen by each other: none; balanced (rows of equal length, at most max_length"
         " tokens; micro_batch_size counts rows); padding-free (a micro-batch is one row)",
         choices=PACKINGS,
     )
