@@ -189,8 +189,6 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
 
     state = PPOState()
     run.begin(cfg.iterations, learners, save, state)
-    if cfg.kl_target is None:  # else it has adapted
-        state.kl_coef = cfg.kl_coef
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     mixed = ptx_batches(others, cfg, run.done)
     timer = PhaseTimer(run.device, run.phase)
