@@ -67,7 +67,9 @@ class TunerSettings:
     lora_rank: int = option(16, "LoRA rank; 0: full fine-tuning", at_least=0)
     lora_alpha: int = option(32, "LoRA scaling is lora_alpha / lora_rank; 0: twice the rank", at_least=0)
     lora_targets: str = option("all-linear", "all-linear, or layer names separated by commas")
-    virtual_tokens: int = option(20, "number of virtual tokens of the tuners prompt, p-tuning and prefix", at_least=1)
+    virtual_tokens: int = option(
+        20, "virtual tokens of prompt and prefix (learning_rate about 3e-2) and p-tuning (about 1e-3)", at_least=1
+    )
     adapter_size: int = option(64, "width of the bottlenecks of the tuner adapter", at_least=1)
     adapter_places: str = option(
         "both",
