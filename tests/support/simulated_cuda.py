@@ -165,6 +165,7 @@ def simulated_cuda(monkeypatch) -> Iterator[None]:
             "is_current_stream_capturing": False,
             "max_memory_allocated": 0,
             "synchronize": None,
+            "get_device_name": "simulated GPU",
         }.items():
             patched.setattr(torch.cuda, name, lambda *args, value=value: value)
         before = torch.__future__.get_overwrite_module_params_on_conversion()
