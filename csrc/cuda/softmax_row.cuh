@@ -151,13 +151,15 @@ __device__ inline bool beats_target(const Words<T> (&packs)[kTilePacks], float t
   if (!target.compared || top < target.logit) return false;
   if (top > target.logit) return true;
   const float logit = target.logit;
-  int beats = 0;  // equals, or a NaN
+  const int64_t in_tile = place < 0 ? 0 : place < kTile<T> ? place : kTile<T>;
+  const int first = static_cast<int>(in_tile) - lane_index() * kSize;
+  int beats = 0;  // of equals and NaN
 #pragma unroll
   for (int i = 0; i < kTilePacks; ++i) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const float x = packs[i].get(j);
-      const bool before = (i * kWarp + lane_index()) * kSize + j < place;
+      const bool before = i * kWarp * kSize + j < first;
       const bool equal = x == logit || (x != x && logit != logit);
       beats |= equal ? before : x != x;
     }
