@@ -103,7 +103,7 @@ def _check_plain(path: str) -> None:
 
 def _check_base(path: str, policy: transformers.PreTrainedModel) -> None:
     """Raise ValueError unless the adapter's base has the weights of the policy's backbone, and computes the same."""
-    base, own = adapter_base(path), policy.name_or_path
+    base, own = adapter_base(path), str(policy.name_or_path)
     if base == own or (Path(base).is_dir() and Path(base).resolve() == Path(own).resolve()):
         return
     if is_adapter(base) or not Path(base).is_dir():
