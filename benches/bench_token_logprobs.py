@@ -1,4 +1,4 @@
-"""token_logprobs, alone and with the entropy, against log_softmax + gather, torch.compile and TRL's functions."""
+"""token_logprobs, alone, with the entropy or the arg max, against log_softmax + gather, torch.compile and TRL."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ def cases(device: str, quick: bool = False) -> list[Case]:
     shapes = [(64, 32000, torch.bfloat16)] if quick else SHAPES[device]
     return [
         *(case(*shape, wrt, device, quick) for shape in shapes for wrt in DIRECTIONS),
-        *(case(*shapes[0], wrt, device, quick, entropy=True) for wrt in DIRECTIONS),
+        *(case(*shapes[0], wrt, device, quick, extra="entropy") for wrt in DIRECTIONS),
+        case(*shapes[0], (), device, quick, extra="top1"),
     ]
 
 
-def case(rows, vocab, dtype, wrt, device, quick, entropy=False) -> Case:
+def case(rows, vocab, dtype, wrt, device, quick, extra="") -> Case:
+    """`extra`: what is asked for beside the log-probs, "entropy" or "top1"."""
+
     def make(rows: int):
-        logits = 3 * torch.randn(rows, vocab)
-        return {"logits": logits.to(dtype), "token_ids": torch.randint(vocab, (rows,))}
+        logits = (3 * torch.randn(rows, vocab)).to(dtype)
+        # Of a sure model for top1: a target that is beaten early would spare the kernels work.
+        return {"logits": logits, "token_ids": logits.argmax(-1) if extra == "top1" else torch.randint(vocab, (rows,))}
 
     def run(i, backend):
-        return token_logprobs(**i, return_entropy=entropy, backend=backend)
+        return token_logprobs(**i, return_entropy=extra == "entropy", return_top1=extra == "top1", backend=backend)
 
-    eager = with_entropy if entropy else alone
+    eager = {"": alone, "entropy": with_entropy, "top1": with_top1}[extra]
+    of_trl = {"": "selective_log_softmax", "entropy": "selective_log_softmax_and_entropy"}
 
     def eager_float(i):
         return eager({**i, "logits": i["logits"].float()})
@@ -38,7 +43,7 @@ def case(rows, vocab, dtype, wrt, device, quick, entropy=False) -> Case:
     size = rows * vocab * dtype.itemsize
     return Case(
         op="token_logprobs",
-        shape=f"{rows}x{vocab}" + (" entropy" if entropy else ""),
+        shape=f"{rows}x{vocab} {extra}".strip(),
         dtype=dtype,
         make=make,
         rows=rows,
@@ -48,9 +53,9 @@ def case(rows, vocab, dtype, wrt, device, quick, entropy=False) -> Case:
             "torch eager": eager,
             **({"torch eager, fp32 copy": eager_float} if dtype != torch.float32 else {}),
             **({} if quick else compiled(eager_float)),
-            **optional("trl.trainer.utils", "selective_log_softmax" + ("_and_entropy" if entropy else ""), trl),
+            **(optional("trl.trainer.utils", of_trl[extra], trl) if extra in of_trl else {}),
             **({"fastrl reference": lambda i: run(i, "reference")} if quick else {}),
-            **(gpu_peers() if device == "cuda" and not entropy else {}),
+            **(gpu_peers() if device == "cuda" and not extra else {}),
             **ours("token_logprobs", device, dtype, run),
         },
         bound="copy" if wrt else "read",
@@ -65,6 +70,10 @@ def alone(i):
 def with_entropy(i):
     logprobs = i["logits"].log_softmax(-1)
     return logprobs.gather(-1, i["token_ids"][:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+def with_top1(i):
+    return alone(i), i["logits"].argmax(-1) == i["token_ids"]
 
 
 def gpu_peers():

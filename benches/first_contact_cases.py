@@ -173,7 +173,7 @@ def row_backends(device: str) -> list[str]:
 def rows_by(name: str, logits: torch.Tensor, token_ids: torch.Tensor, with_gradient: bool) -> tuple[torch.Tensor, ...]:
     logprobs, stats = logits.new_empty(len(logits)), logits.new_empty(len(logits), 2)
     gradient = torch.empty_like(logits, dtype=BF16) if with_gradient else None
-    row_kernel(name, logits, token_ids, None, 1.0, 0.0, logprobs, stats, None, gradient, None)
+    row_kernel(name, logits, token_ids, None, 1.0, 0.0, logprobs, stats, None, None, gradient, None)
     return (logprobs,) if gradient is None else (logprobs, gradient)
 
 

@@ -60,7 +60,7 @@ def ppo_updates(folder: Path, rank: int, output: str, critic: str = "") -> tuple
     for iteration in range(settings.iterations + 1):
         start = clock(settings.device)
         scored = ppo.score_samples(roles, trajectory, cfg)
-        shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg, ppo.PPOState(cfg.kl_coef))
+        shaped = ppo.compute_advantages(scored, trajectory.response_mask, cfg, ppo.PPOState())
         run.step = iteration
         update(run, roles, learners, make_experience(trajectory, scored, shaped), cfg, kl_coef=cfg.kl_coef)
         seconds.append(clock(settings.device) - start)

@@ -52,7 +52,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(FASTRL_KERNEL(linear_head_begin),
         "The target's logit of each row, in fp32, and the start of its sweep over the vocabulary.");
   m.def(FASTRL_KERNEL(linear_head_sweep),
-        "One block of logits: updates each row's sums; if write, logits become exponentials.");
+        "One block of logits: updates each row's sums and, if not None, top1, false at first; if "
+        "write, logits become exponentials.");
   m.def(FASTRL_KERNEL(linear_head_fold),
         "Adds a block's products with the weight to the sums, rescaled to the new maximum.");
   m.def(FASTRL_KERNEL(linear_head_finish),
@@ -70,7 +71,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(FASTRL_KERNEL(ppo_loss), "Loss, statistics and the gradients that are not None.");
   m.def(FASTRL_KERNEL(ranking_loss), "Loss, statistics and the gradient of the scores.");
   m.def(FASTRL_KERNEL(token_logprobs_fwd),
-        "Log-prob of each token, (max, log-sum) of each row and, if not None, its entropy.");
+        "Log-prob of each token, (max, log-sum) of each row and, if not None, its entropy and "
+        "whether the token is the arg max.");
   m.def(FASTRL_KERNEL(token_logprobs_bwd),
         "Gradient of the logits; dlogits may be the logits' own memory.");
 }

@@ -21,7 +21,7 @@ void linear_head_begin(Rows x, Rows targets, int64_t rows, int64_t width, float 
                        float* sweeps, int threads);
 void linear_head_sweep(Rows logits, const int64_t* token_ids, int64_t begin, int64_t rows,
                        int64_t columns, float inv_temperature, float softcap, bool with_entropy,
-                       bool write, Rows products, float* sweeps, int threads);
+                       bool write, Rows products, float* sweeps, bool* top1, int threads);
 void linear_head_fold(Rows block, Rows product_block, const float* sweeps, int64_t rows,
                       int64_t width, float* sums, float* weighted, int threads);
 void linear_head_finish(const float* sweeps, int64_t rows, float inv_temperature, float softcap,
@@ -57,7 +57,7 @@ void ranking_loss(int64_t size, const float* scores, const int64_t* group_ids, c
                   float* dscores, int threads);
 void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
                         const bool* mask, float inv_temperature, float softcap, float* logprobs,
-                        float* row_stats, float* entropy, int threads);
+                        float* row_stats, float* entropy, bool* top1, int threads);
 void token_logprobs_bwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
                         const bool* mask, float inv_temperature, float softcap,
                         const float* row_stats, const float* logprobs, const float* entropy,

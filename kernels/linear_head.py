@@ -16,15 +16,16 @@ def linear_head_rows(
     logprobs: torch.Tensor,
     row_stats: torch.Tensor | None,
     entropy: torch.Tensor | None,
+    top1: torch.Tensor | None,
     out: torch.Tensor | None,
     entropy_out: torch.Tensor | None,
 ) -> None:
-    """Log-probs, statistics and entropies of rows of logits; and where `out` (which may be `logits`) is given, the
-    gradient of each row's log-prob with respect to its logits, and in `entropy_out` that of its entropy.
+    """Log-probs, statistics, entropies and top1 of rows of logits; and where `out` (which may be `logits`) is given,
+    the gradient of each row's log-prob with respect to its logits, and in `entropy_out` that of its entropy.
     """
     if out is not None and row_stats is None:
         row_stats = torch.empty(len(token_ids), 2, dtype=torch.float32, device=logits.device)
-    statistics(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy)
+    statistics(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, top1)
     if out is not None:
         assert row_stats is not None
         assert entropy_out is None or entropy_out.stride() == out.stride()

@@ -24,7 +24,8 @@ from fastrl.ops.native import row_layout
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 LOWEST_LOG2 = tl.constexpr(-150.0)  # 2^d is 0 below; the bound keeps (-inf) * 0 out of weighted sums
-PARTIAL = 3  # of a piece: its largest x, and the sums of 2^d and 2^d d relative to it without the target
+# Of a piece: its largest x; the sums of 2^d and 2^d d relative to it, without the target; whether it beats the target.
+PARTIAL = tl.constexpr(4)
 PIECES = 32  # combined at once
 
 # Elements and warps of a piece, by the size of the vocabulary: enough loads in flight, 32 values a thread at most.
@@ -90,11 +91,23 @@ def one_minus_exp(x):
     return tl.where(x > -0.03125, series, 1.0 - tl.exp2(x * LOG2E))
 
 
+@triton.jit
+def beats_target(logit, columns, target, target_logit):
+    """1 if a logit comes before the target's as the arg max, else 0: the largest does, the first of equals, and NaN is
+    above all numbers. Scale, soft cap and temperature keep the order of logits, so they are compared as they are.
+    """
+    if target_logit != target_logit:
+        beats = (logit != logit) & (columns < target)
+    else:  # not of comparisons that hold: with NaN none does
+        beats = tl.where(columns < target, (logit < target_logit) == 0, (logit <= target_logit) == 0)
+    return tl.max(beats.to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["inner"])
 def token_logprobs_fwd_kernel(
     logits, token_ids, mask, partials,
     vocab, inner, outer_stride, inner_stride, scale, softcap,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pieces = tl.cdiv(vocab, BLOCK)
     m = tl.program_id(0) // pieces
@@ -103,23 +116,29 @@ def token_logprobs_fwd_kernel(
             return
     start = tl.program_id(0) % pieces * BLOCK
     row = logits + row_start(m, inner, outer_stride, inner_stride)
-    x = capped(load_columns(row, start, vocab, BLOCK), softcap, SOFTCAP)
+    logit = load_columns(row, start, vocab, BLOCK)
+    x = capped(logit, softcap, SOFTCAP)
     top = tl.max(x, 0)
     d = (x - tl.where(top == float("-inf"), 0.0, top)) * scale  # a piece of -inf adds 2^-inf = 0
     e = tl.exp2(d)
     target = tl.load(token_ids + m) - start
     if (target >= 0) & (target < BLOCK):
         e = tl.where(tl.arange(0, BLOCK) == target.to(tl.int32), 0.0, e)
-    at = partials + tl.program_id(0).to(tl.int64) * 3
+    at = partials + tl.program_id(0).to(tl.int64) * PARTIAL
     tl.store(at, top)
     tl.store(at + 1, tl.sum(e, 0))
     if ENTROPY:
         tl.store(at + 2, tl.sum(e * tl.maximum(d, LOWEST_LOG2), 0))
+    if TOP1:
+        token_id = tl.load(token_ids + m)
+        in_range = (token_id >= 0) & (token_id < vocab)
+        target_logit = tl.load(row + token_id, mask=in_range, other=0.0).to(tl.float32)
+        tl.store(at + 3, beats_target(logit, start + tl.arange(0, BLOCK), token_id, target_logit).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["inner", "pieces"])
 def token_logprobs_combine_kernel(
-    logits, token_ids, mask, partials, logprobs, row_stats, entropy,
+    logits, token_ids, mask, partials, logprobs, row_stats, entropy, top1,
     vocab, pieces, inner, outer_stride, inner_stride, scale, softcap,
     SOFTCAP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -132,19 +151,23 @@ def token_logprobs_combine_kernel(
                 tl.store(row_stats + 2 * m + 1, 0.0)
             if entropy is not None:
                 tl.store(entropy + m, 0.0)
+            if top1 is not None:
+                tl.store(top1 + m, False)
             return
-    first = partials + m.to(tl.int64) * pieces * 3
+    first = partials + m.to(tl.int64) * pieces * PARTIAL
     lane = tl.arange(0, CHUNK)
     tops = tl.full((CHUNK,), float("-inf"), tl.float32)
     for begin in range(0, pieces, CHUNK):
-        tops = tl.maximum(tops, tl.load(first + (begin + lane) * 3, mask=begin + lane < pieces, other=float("-inf")))
+        at = first + (begin + lane) * PARTIAL
+        tops = tl.maximum(tops, tl.load(at, mask=begin + lane < pieces, other=float("-inf")))
     offset = tl.max(tops, 0)
     base = tl.where(offset == float("-inf"), 0.0, offset)
     sums = tl.zeros((CHUNK,), tl.float32)
     weighted_sums = tl.zeros((CHUNK,), tl.float32)
+    beats = tl.zeros((CHUNK,), tl.float32)
     for begin in range(0, pieces, CHUNK):
         inside = begin + lane < pieces
-        at = first + (begin + lane) * 3
+        at = first + (begin + lane) * PARTIAL
         top = tl.load(at, mask=inside, other=float("-inf"))
         total = tl.load(at + 1, mask=inside, other=0.0)
         shift = tl.maximum((top - base) * scale, LOWEST_LOG2)
@@ -152,6 +175,8 @@ def token_logprobs_combine_kernel(
         sums += total * factor
         if entropy is not None:
             weighted_sums += (tl.load(at + 2, mask=inside, other=0.0) + shift * total) * factor
+        if top1 is not None:
+            beats += tl.load(at + 3, mask=inside, other=0.0)
     rest = tl.sum(sums, 0)
 
     token_id = tl.load(token_ids + m)
@@ -174,6 +199,8 @@ def token_logprobs_combine_kernel(
         weighted = tl.sum(weighted_sums, 0) + tl.exp2(d) * tl.maximum(d, LOWEST_LOG2)
         nats = (log_sum - weighted / total) * LN2
         tl.store(entropy + m, tl.where(poisoned, float("nan"), tl.where(dead, 0.0, nats)))
+    if top1 is not None:
+        tl.store(top1 + m, in_range & (tl.sum(beats, 0) == 0.0))
 
 
 @triton.jit(do_not_specialize=["begin", "inner", "out_inner"])
@@ -252,22 +279,23 @@ def statistics(
     logprobs: torch.Tensor,
     row_stats: torch.Tensor | None,
     entropy: torch.Tensor | None,
+    top1: torch.Tensor | None,
 ) -> None:
     """token_logprobs forward; also fills `row_stats` if it is given."""
     count, vocab = token_ids.numel(), logits.shape[-1]
     block, warps = SMALL if vocab <= SMALL[0] else LARGE
     pieces = triton.cdiv(vocab, block)
-    partials = torch.empty(count * pieces * PARTIAL, dtype=torch.float32, device=logits.device)
+    partials = torch.empty(count * pieces * PARTIAL.value, dtype=torch.float32, device=logits.device)
     layout = _layout_in_a_batch(logits)
     scale = LOG2E.value / temperature
     launch(
         token_logprobs_fwd_kernel, (count * pieces,), logits,
         logits, token_ids, mask, partials, vocab, *layout, scale, softcap,
-        SOFTCAP=softcap > 0, ENTROPY=entropy is not None, BLOCK=block, num_warps=warps,
+        SOFTCAP=softcap > 0, ENTROPY=entropy is not None, TOP1=top1 is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     launch(
         token_logprobs_combine_kernel, (count,), logits,
-        logits, token_ids, mask, partials, logprobs, row_stats, entropy, vocab, pieces, *layout, scale, softcap,
+        logits, token_ids, mask, partials, logprobs, row_stats, entropy, top1, vocab, pieces, *layout, scale, softcap,
         SOFTCAP=softcap > 0, CHUNK=PIECES, num_warps=1,
     )  # fmt: skip
 
@@ -298,9 +326,9 @@ def gradient(
     )  # fmt: skip
 
 
-def forward(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy):
+def forward(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, top1):
     """See fastrl.ops.token_logprobs."""
-    statistics(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy)
+    statistics(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, top1)
 
 
 def backward(logits, token_ids, mask, temperature, softcap, row_stats, logprobs, entropy, dlogprobs, dentropy, dlogits):

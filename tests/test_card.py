@@ -15,7 +15,7 @@ VERSIONS = {"fastrl": "0.1.0", "torch": "2.x", "triton": "not installed"}
 def write_run(folder: Path, loop: str, **settings: object) -> Path:
     """A finished run with two evaluations."""
     folder.mkdir(parents=True)
-    reads = {"model": "some time"} if str(settings["model"]).startswith("runs/") else {}
+    reads = {settings["model"]: "some time"} if str(settings["model"]).startswith("runs/") else {}
     record = {"loop": loop, "state": "finished", "settings": settings, "versions": VERSIONS, "reads": reads}
     (folder / "run.json").write_text(json.dumps({**record, "device": "a machine"}))
     evaluations = [{"step": s, "kind": "eval", "eval_accuracy": a, "curve": [1]} for s, a in ((0, 0.5), (9, 0.75))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastrl.ops import ppo_advantages
-from fastrl.rlhf.kl import adapted_coef, kl_penalty
+from fastrl.rlhf.kl import adapted, kl_penalty
 
 MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
 
@@ -19,16 +19,16 @@ MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
 )
 def test_the_coefficient_adapts_by_the_clipped_error(kl, error):
     """pitfall 22: Ziegler's numbers: 0.15 at first, target 6, horizon 10,000, 512 samples a step."""
-    adapted = adapted_coef(0.15, kl, target=6.0, horizon=10_000, samples=512)
-    assert adapted == pytest.approx(0.15 * (1 + error * 512 / 10_000), rel=1e-12)
+    after = adapted(0.15, kl, target=6.0, horizon=10_000, samples=512)
+    assert after == pytest.approx(0.15 * (1 + error * 512 / 10_000), rel=1e-12)
 
 
 def test_the_coefficient_grows_by_a_fifth_over_a_horizon_of_too_much_kl():
     coef = 1.0
     for _ in range(100):
-        coef = adapted_coef(coef, 50.0, target=5.0, horizon=1000, samples=10)
+        coef = adapted(coef, 50.0, target=5.0, horizon=1000, samples=10)
     assert coef == pytest.approx(1.002**100) and 1.2 < coef < 1.23
-    assert adapted_coef(1.0, 0.0, target=5.0, horizon=10, samples=10) == pytest.approx(0.8)
+    assert adapted(1.0, 0.0, target=5.0, horizon=10, samples=10) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

@@ -186,6 +186,27 @@ def test_reward_samples_show_scores_of_the_same_answers(tmp_path):
     assert score_change(read_run(tmp_path / "r")) is None
 
 
+def test_a_reward_models_report_has_criteria_calibration_and_standard_errors(tmp_path):
+    measured = {"eval_accuracy": 0.5, "eval_accuracy_se": 0.125, "eval_accuracy/helpful": 0.75}
+    measured |= {"eval_accuracy_se/helpful": 0.0625, "criteria_correlation/helpful/honest": -0.5}
+    metrics = [evaluated(0, **measured), evaluated(4, **measured, eval_reliability=[[0.55, 0.5, 8], [0.8, 1.0, 2]])]
+    samples = [
+        {"step": step, "prompt": "p", "response": "r", "rank": 0, "helpful": step / 2, "honest": 0.0} for step in (0, 4)
+    ]
+    document = save_report(write_run(tmp_path / "r", metrics, samples, loop="reward")).read_text()
+    for text in (
+        '<td class="number">75.0% ± 6.2%</td>',
+        "helpful 2.00\nhonest 0.00",
+        "held-out accuracy 50.0% ± 12.5%",
+    ):
+        assert text in document, text
+    shapes = {picture.get("aria-label"): picture for picture in pictures(document)}
+    assert len(list(shapes["Pairs in the right order, by confidence"].iter(f"{SVG}polyline"))) == 2
+    assert "eval_reliability" not in document and not [label for label in shapes if "_se" in label]
+    write_run(tmp_path / "odd", [evaluated(1, eval_reliability=[[1], "x"]), evaluated(1, eval_reliability={"a": 1})])
+    assert "eval_reliability: {" in save_report(tmp_path / "odd").read_text()
+
+
 def test_scores_of_samples_have_their_standard_error(tmp_path):
     """By hand: changes 1, 2, 3 have the mean 2 and the standard error 1 / sqrt(3)."""
     scores = {0: [0.0, 1.0, 2.0], 5: [9.0, 9.0, 9.0], 8: [1.0, 3.0, 5.0]}

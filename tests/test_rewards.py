@@ -176,6 +176,7 @@ def test_a_function_sees_texts_and_columns():
         ([], "expected 3 numbers, one a response, got 0"),
         ((x for x in [1, 2]), "expected 3 numbers, one a response, got 2"),
         ([1, 2, 10**400], "expected a finite number, got 1000"),
+        ([1, 2, -1e39], "expected a finite number, got -1e.39"),
         (None, "expected a list of 3 numbers, got NoneType, for the response 'one'"),
         (1.0, "expected a list of 3 numbers, got float"),
         (torch.zeros(3, 2), "expected a finite number, got tensor"),

@@ -20,6 +20,7 @@ struct Sweep {
   float sum;       // of 2^d_v over the columns so far, target excluded
   float weighted;  // of 2^d_v d_v, the same
   float shift;     // (old max - max) / temperature * log2(e) of the last block
+  float top;       // Top1::top, of the logits as they were multiplied
 };
 
 // The gradient of log-prob (first three) and entropy with respect to the hidden state is
@@ -121,14 +122,14 @@ void linear_head_begin(Rows x, Rows targets, int64_t rows, int64_t width, float 
     for (int64_t m = 0; m < rows; ++m) {
       float target = dot(x.row<const T>(m), targets.row<const T>(m), width);
       if (softcap > 0) target = map.capped<true>(broadcast(target))[0];
-      reinterpret_cast<Sweep*>(sweeps)[m] = {target, target, 0.0f, 0.0f, 0.0f};
+      reinterpret_cast<Sweep*>(sweeps)[m] = {target, target, 0.0f, 0.0f, 0.0f, -kInf};
     }
   });
 }
 
 void linear_head_sweep(Rows logits, const int64_t* token_ids, int64_t begin, int64_t rows,
                        int64_t columns, float inv_temperature, float softcap, bool with_entropy,
-                       bool write, Rows products, float* sweeps, int threads) {
+                       bool write, Rows products, float* sweeps, bool* top1, int threads) {
   const LogitMap map{inv_temperature, softcap};
   dispatch_dtype(logits.dtype, "linear_head", [&](auto tag) {
     using T = decltype(tag);
@@ -137,8 +138,13 @@ void linear_head_sweep(Rows logits, const int64_t* token_ids, int64_t begin, int
       for (int64_t m = 0; m < rows; ++m) {
         T* row = logits.row<T>(m);
         const int64_t target = token_ids[m] - begin;
-        if (target >= 0 && target < columns) store_scalar(row + target, -kInf);
         Sweep& sweep = reinterpret_cast<Sweep*>(sweeps)[m];
+        if (top1 != nullptr) {
+          Top1 place{token_ids[m], sweep.top, top1[m]};
+          place.add(row, begin, columns);
+          sweep.top = place.top, top1[m] = place.is_top;
+        }
+        if (target >= 0 && target < columns) store_scalar(row + target, -kInf);
         if (write) {
           T* product = with_entropy ? products.row<T>(m) : nullptr;
           sweep_row<cap.value, mean.value, true>(row, product, columns, map, sweep);

@@ -209,6 +209,13 @@ inline float reduce_max(vfloat v) {
   return best;
 }
 
+// Of a comparison's result: whether it holds for some lane.
+inline bool any(vint v) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= v[i];
+  return found != 0;
+}
+
 // 2^x: 0 below -126 (AVX-512: below -150), infinity from 128, NaN stays NaN. Relative error under
 // 3e-7, exact at 0. With x = n + f, n = floor(x): 2^n moves the exponent, a polynomial of degree 5
 // gives 2^f.

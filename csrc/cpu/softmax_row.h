@@ -69,8 +69,49 @@ inline float max_of(const vfloat (&v)[kUnroll]) {
   return reduce_max(vmax(vmax(v[0], v[1]), vmax(v[2], v[3])));
 }
 
+// Whether x comes before y as the arg max, wherever they stand: NaN is above all numbers.
+inline bool above(float x, float y) { return x > y || (x != x && y == y); }
+
+// The largest of `count` elements, NaN if one is, -inf if there are none.
+template <typename T>
+float largest(const T* x, int64_t count) {
+  vfloat top[kUnroll];
+  vint is_nan = {};
+  for (auto& t : top) t = broadcast(-kInf);
+  for_each_vector<kUnroll>(x, count, [&](vfloat logit, int u) {
+    top[u] = vmax(logit, top[u]);
+    is_nan |= logit != logit;
+  });
+  return any(is_nan) ? NAN : max_of(top);
+}
+
+// Whether a token is the arg max of its row, the first of equals. Scale, soft cap and temperature
+// keep the order of logits, so they are compared as they are. Columns come in order.
+struct Top1 {
+  int64_t token_id;
+  float top;    // the largest of the columns so far; once the token came, its logit
+  bool is_top;  // the token is the arg max so far
+
+  template <typename T>
+  void add(const T* x, int64_t begin, int64_t count) {
+    const int64_t place = token_id - begin;
+    if (place >= count) {
+      const float block_top = largest(x, count);
+      if (above(block_top, top)) top = block_top;
+    } else if (place >= 0) {
+      const float target = to_float(x[place]), before = largest(x, place);
+      is_top = token_id == 0 || (above(target, top) && above(target, before));
+      top = target;
+      is_top = is_top && !above(largest(x + place + 1, count - place - 1), top);
+    } else if (is_top) {
+      is_top = !above(largest(x, count), top);
+    }
+  }
+};
+
+// Adds the row to `top1` as well, if that is not null.
 template <bool kSoftcap, bool kMean, typename T>
-RowStats softmax_row_stats(const T* logits, int64_t vocab, LogitMap map) {
+RowStats softmax_row_stats(const T* logits, int64_t vocab, LogitMap map, Top1* top1 = nullptr) {
   const float scale = map.scale();
   float offset = -kInf, sum = 0.0f, weighted = 0.0f;
   for (int64_t begin = 0; begin < vocab; begin += kSoftmaxBlock) {
@@ -111,6 +152,7 @@ RowStats softmax_row_stats(const T* logits, int64_t vocab, LogitMap map) {
     }
     sum += block_sum;
     weighted += block_weighted;
+    if (top1 != nullptr) top1->add(x, begin, count);
   }
   if (sum != sum) return {0.0f, NAN, NAN};
   if (offset == -kInf) return {offset, 0.0f, 0.0f};

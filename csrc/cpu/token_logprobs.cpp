@@ -1,4 +1,4 @@
-// Log-prob (and entropy) of given tokens from logits: one pass forward, one read and one write
+// Log-prob (entropy, arg max) of given tokens from logits: one pass forward, one read and one write
 // backward. Every row is done by one thread in a fixed order, so results do not depend on batch
 // size or thread count.
 
@@ -10,7 +10,7 @@ namespace fastrl::cpu::FASTRL_ISA {
 
 void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
                         const bool* mask, float inv_temperature, float softcap, float* logprobs,
-                        float* row_stats, float* entropy, int threads) {
+                        float* row_stats, float* entropy, bool* top1, int threads) {
   const LogitMap map{inv_temperature, softcap};
   int64_t bad_row = rows;
   dispatch_dtype(logits.dtype, "token_logprobs", [&](auto tag) {
@@ -19,6 +19,7 @@ void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t*
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4) reduction(min : bad_row)
       for (int64_t m = 0; m < rows; ++m) {
         RowStats stats{0.0f, 0.0f, 0.0f};
+        Top1 place{token_ids[m], -kInf, false};
         logprobs[m] = 0.0f;
         if (entropy != nullptr) entropy[m] = 0.0f;
         if (mask == nullptr || mask[m]) {
@@ -27,10 +28,12 @@ void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t*
             continue;
           }
           const T* row = logits.row<const T>(m);
-          stats = softmax_row_stats<cap.value, mean.value>(row, vocab, map);
+          stats = softmax_row_stats<cap.value, mean.value>(row, vocab, map,
+                                                           top1 == nullptr ? nullptr : &place);
           logprobs[m] = softmax_row_logprob<cap.value>(row, token_ids[m], stats, map);
           if (entropy != nullptr) entropy[m] = stats.entropy();
         }
+        if (top1 != nullptr) top1[m] = place.is_top;
         row_stats[2 * m] = stats.offset;
         row_stats[2 * m + 1] = stats.log_sum;
       }

@@ -51,14 +51,14 @@ struct OnChipRow {
     for (int i = 0; i < kTilePacks; ++i) kept[i * kWarp] = packs[i];
   }
 
-  // Once the lanes' own packs are there; `target` is the target's place in the tile, if there.
+  // Tile `tile`, the block's `place`-th, once the lanes' own packs are there.
   template <bool kSoftcap>
-  __device__ void sum_tile(int place, int64_t target, const LogitMap& map) const {
+  __device__ void sum_tile(int tile, int place, const Target& target, const LogitMap& map) const {
     const Words<float>* kept = lane_packs(place);
     Words<float> packs[kTilePacks];
 #pragma unroll
     for (int i = 0; i < kTilePacks; ++i) packs[i] = kept[i * kWarp];
-    const Partial part = tile_partial<kSoftcap, true>(packs, target, map);
+    const Partial part = tile_partial<kSoftcap, true>(packs, tile, target, map);
     if (lane_index() == 0) partials[place] = part;
   }
 
@@ -111,19 +111,19 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     for (int tile = first + warp_index(); tile < last; tile += kSlots) {
       chip.begin_tile(x, tile, tile - first, vocab);
     }
-    const int64_t token_id = token_ids[row];
-    const float target = target_logit<kSoftcap>(x, token_id, vocab, map);
+    const Target target = read_target(x, token_ids[row], vocab, results.top1 != nullptr);
+    const float logit = target.capped<kSoftcap>(vocab, map);
     wait_for_copies();
     for (int tile = first + warp_index(); tile < last; tile += kSlots) {
-      chip.sum_tile<kSoftcap>(tile - first, token_id - int64_t{tile} * kTile<float>, map);
+      chip.sum_tile<kSoftcap>(tile, tile - first, target, map);
     }
     cluster_sync();  // partials are there, and nobody reads the row's memory any more
     const Partial rest = chip.combine_row(tiles, tiles_per_block, map.scale());
     cluster_arrive();  // before the stores, which it would wait for
-    const RowResult result = finish_row(rest, target, map);
+    const RowResult result = finish_row(rest, logit, map);
     if (writes_results) results.write(row, result);
     const RowGradient<kSoftcap, kGradient> gradient(result, 1.0f, 1.0f, map);
-    gradient_span(gradient, chip.logits, count, token_id - begin, dlogits, dentropy);
+    gradient_span(gradient, chip.logits, count, target.id - begin, dlogits, dentropy);
     __syncthreads();  // the block has read its logits
     cluster_wait();   // the others have read this block's partials
   }
@@ -181,18 +181,19 @@ void require_float32(const Rows& logits) {
 
 void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
                       int64_t vocab, float inv_temperature, float softcap, float* logprobs,
-                      float* row_stats, float* entropy, Rows out, Rows entropy_out, void* stream) {
+                      float* row_stats, float* entropy, bool* top1, Rows out, Rows entropy_out,
+                      void* stream) {
   require_float32(logits);
   auto read_only = [&] {
     token_logprobs_fwd(rows, vocab, logits, token_ids, mask, inv_temperature, softcap, logprobs,
-                       row_stats, entropy, nullptr, stream);
+                       row_stats, entropy, top1, nullptr, stream);
   };
   if (rows == 0 || out.data == nullptr) return read_only();
   if (row_stats == nullptr || (entropy_out.data != nullptr && entropy == nullptr)) {
     throw std::invalid_argument("linear_head: out needs row_stats, entropy_out needs entropy");
   }
   const LogitMap map{inv_temperature, softcap};
-  const RowOutputs results{logprobs, row_stats, entropy};
+  const RowOutputs results{logprobs, row_stats, entropy, top1};
   dispatch_dtype(out.dtype, "linear_head", [&](auto tag) {
     using Out = decltype(tag);
     dispatch_flags(softcap > 0, entropy_out.data != nullptr, [&](auto cap, auto both) {

@@ -18,12 +18,13 @@ void gae(int64_t rows, int64_t steps, const float* rewards, const float* values,
 // What the heads run on chunks of float32 logits between the library's multiplications. `out` has
 // any of the dtypes and may be the logits' own memory; absent rows have data == nullptr.
 //
-// Log-prob, statistics and entropy of each row, and if `out` is there d logprob / d logit in it
-// (then row_stats must be), and if `entropy_out` is there d entropy / d logit in it (then entropy
-// must be).
+// Log-prob, statistics, entropy and top1 of each row, and if `out` is there d logprob / d logit in
+// it (then row_stats must be), and if `entropy_out` is there d entropy / d logit in it (then
+// entropy must be).
 void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
                       int64_t vocab, float inv_temperature, float softcap, float* logprobs,
-                      float* row_stats, float* entropy, Rows out, Rows entropy_out, void* stream);
+                      float* row_stats, float* entropy, bool* top1, Rows out, Rows entropy_out,
+                      void* stream);
 
 // As token_logprobs_bwd, of logits that hold the columns of the vocabulary from `begin` on.
 void linear_head_gradient(Rows logits, const int64_t* token_ids, const bool* mask, int64_t begin,
@@ -79,10 +80,11 @@ int64_t ppo_loss_workspace(int64_t size);
 // The split does not change a bit of the results.
 int64_t token_logprobs_workspace(int64_t rows, int64_t vocab, int dtype);
 
-// A token id outside the vocabulary makes its row NaN.
+// A token id outside the vocabulary makes its row NaN and is no arg max.
 void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
                         const bool* mask, float inv_temperature, float softcap, float* logprobs,
-                        float* row_stats, float* entropy, void* workspace, void* stream);
+                        float* row_stats, float* entropy, bool* top1, void* workspace,
+                        void* stream);
 void token_logprobs_bwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
                         const bool* mask, float inv_temperature, float softcap,
                         const float* row_stats, const float* logprobs, const float* entropy,

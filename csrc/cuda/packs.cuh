@@ -38,7 +38,7 @@ struct alignas(16) Words {
   }
 };
 
-// The larger of each two elements; NaN gives way to a number. Halves are not widened.
+// The larger of each two elements; NaN if either is. Halves are not widened.
 template <typename T>
 __device__ inline Words<T> max_of(const Words<T>& a, const Words<T>& b) {
   Words<T> out;
@@ -47,7 +47,7 @@ __device__ inline Words<T> max_of(const Words<T>& a, const Words<T>& b) {
     if constexpr (sizeof(T) == 2) {
       out.w[i] = max_of_pairs<T>(a.w[i], b.w[i]);
     } else {
-      out.set(i, fmaxf(a.get(i), b.get(i)));
+      out.set(i, max_or_nan(a.get(i), b.get(i)));
     }
   }
   return out;

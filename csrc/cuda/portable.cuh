@@ -102,16 +102,22 @@ __device__ inline uint16_t float_to_bf16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
-// The larger of both pairs of elements in two words, of T = bf16 or fp16; NaN gives way to a
-// number.
+// The larger of both pairs of elements in two words, of T = bf16 or fp16; NaN if either is.
 template <typename T>
 __device__ inline uint32_t max_of_pairs(uint32_t a, uint32_t b) {
   uint32_t larger;
   if constexpr (std::is_same_v<T, bf16>) {
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   } else {
-    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   }
+  return larger;
+}
+
+// The larger; NaN if either is.
+__device__ inline float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
 }
 

@@ -69,12 +69,13 @@ struct alignas(16) Partial {
   float max;
   float sum;       // of 2^d_v
   float weighted;  // of 2^d_v d_v
+  bool beats;      // one of them comes before the target as the arg max; see beats_target
 };
 
-__device__ inline Partial no_columns() { return {-INFINITY, 0.0f, 0.0f}; }
+__device__ inline Partial no_columns() { return {-INFINITY, 0.0f, 0.0f, false}; }
 
 __device__ inline Partial combine(const Partial& a, const Partial& b, float scale) {
-  Partial total{fmaxf(a.max, b.max), 0.0f, 0.0f};
+  Partial total{fmaxf(a.max, b.max), 0.0f, 0.0f, a.beats || b.beats};
   auto add = [&](const Partial& part) {
     const float shift =
         fmaxf((part.max - total.max) * scale, kLowestLog2);  // also if both are -inf
@@ -119,17 +120,63 @@ __device__ inline void load_tile(const T* row, int tile, int64_t vocab,
   }
 }
 
-// Of a warp's tile without the target, in every lane; `target` is its place in the tile, if there.
-template <bool kSoftcap, bool kMean, typename T>
-__device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int64_t target,
-                                       const LogitMap& map) {
+// The token of a row that is asked for.
+struct Target {
+  int64_t id;
+  float logit;
+  bool compared;  // with the other logits: whether it is the arg max is asked for
+
+  // Soft-capped; NaN if it is outside the vocabulary, which makes the row NaN.
+  template <bool kSoftcap>
+  __device__ float capped(int64_t vocab, const LogitMap& map) const {
+    return id < vocab ? map.capped<kSoftcap>(logit) : NAN;
+  }
+};
+
+// An id outside the vocabulary is taken for a column behind all others with a logit below them.
+template <typename T>
+__device__ inline Target read_target(const T* row, int64_t token_id, int64_t vocab, bool compared) {
+  const bool inside = token_id >= 0 && token_id < vocab;
+  return {inside ? token_id : vocab, inside ? to_float(row[token_id]) : -INFINITY, compared};
+}
+
+// Whether a column of a warp's tile, whose largest logit is `top`, comes before the target as the
+// arg max: the largest logit does, the first of equals, and NaN is above all numbers. `place` is
+// the target's relative to the tile. Scale, soft cap and temperature keep the order of logits, so
+// they are compared as they are.
+template <typename T>
+__device__ inline bool beats_target(const Words<T> (&packs)[kTilePacks], float top,
+                                    const Target& target, int64_t place) {
   constexpr int kSize = Pack<T>::kSize;
-  if (target >= 0 && target < kTile<T>) {
+  if (!target.compared || top < target.logit) return false;
+  if (top > target.logit) return true;
+  const float logit = target.logit;
+  int beats = 0;  // equals, or a NaN
+#pragma unroll
+  for (int i = 0; i < kTilePacks; ++i) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float x = packs[i].get(j);
+      const bool before = (i * kWarp + lane_index()) * kSize + j < place;
+      const bool equal = x == logit || (x != x && logit != logit);
+      beats |= equal ? before : x != x;
+    }
+  }
+  return warp_reduce(beats, [](int a, int b) { return a | b; }) != 0;
+}
+
+// Of tile `tile`, which a warp holds, without the target, in every lane.
+template <bool kSoftcap, bool kMean, typename T>
+__device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int tile,
+                                       const Target& target, const LogitMap& map) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int64_t place = target.id - int64_t{tile} * kTile<T>;  // the target's in the tile, if there
+  if (place >= 0 && place < kTile<T>) {
 #pragma unroll
     for (int i = 0; i < kTilePacks; ++i) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        if (target == (i * kWarp + lane_index()) * kSize + j) {
+        if (place == (i * kWarp + lane_index()) * kSize + j) {
           packs[i].set(j, from_float<T>(-INFINITY));
         }
       }
@@ -140,9 +187,11 @@ __device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int64_t ta
   for (int i = 1; i < kTilePacks; ++i) largest = max_of(largest, packs[i]);
   float top = -INFINITY;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) top = fmaxf(top, largest.get(j));
+  for (int j = 0; j < kSize; ++j) top = max_or_nan(top, largest.get(j));
+  top = warp_reduce(top, [](float a, float b) { return max_or_nan(a, b); });
   Partial part = no_columns();
-  part.max = map.capped<kSoftcap>(warp_reduce(top, [](float a, float b) { return fmaxf(a, b); }));
+  part.beats = beats_target(packs, top, target, place);
+  part.max = map.capped<kSoftcap>(top);
   const float base = part.max == -INFINITY ? 0.0f : part.max;  // a tile of -inf adds 2^-inf = 0
   const float scale = map.scale();
   float sum[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f};
@@ -164,7 +213,7 @@ __device__ inline Partial tile_partial(Words<T> (&packs)[kTilePacks], int64_t ta
 
 // The calling warp's slot of a row.
 template <bool kSoftcap, bool kMean, typename T>
-__device__ inline Partial slot_partial(const T* row, int64_t vocab, int64_t target,
+__device__ inline Partial slot_partial(const T* row, int64_t vocab, const Target& target,
                                        const LogitMap& map) {
   Partial total = no_columns();
   const int tiles = tiles_of<T>(vocab);
@@ -172,19 +221,10 @@ __device__ inline Partial slot_partial(const T* row, int64_t vocab, int64_t targ
   for (int tile = warp_index(); tile < tiles; tile += kSlots) {
     Words<T> packs[kTilePacks];
     load_tile(row, tile, vocab, packs);
-    const Partial part =
-        tile_partial<kSoftcap, kMean>(packs, target - int64_t{tile} * kTile<T>, map);
+    const Partial part = tile_partial<kSoftcap, kMean>(packs, tile, target, map);
     total = combine(total, part, map.scale());
   }
   return total;
-}
-
-// The target's logit, soft-capped; NaN for an id outside the vocabulary, which makes the row NaN.
-template <bool kSoftcap, typename T>
-__device__ inline float target_logit(const T* row, int64_t token_id, int64_t vocab,
-                                     const LogitMap& map) {
-  if (token_id < 0 || token_id >= vocab) return NAN;
-  return map.capped<kSoftcap>(to_float(row[token_id]));
 }
 
 // What is known of a row once it has been read. offset and log_sum are the CPU kernels' RowStats.
@@ -193,9 +233,10 @@ struct RowResult {
   float log_sum;
   float entropy;
   float logprob;
+  bool top1;
 };
 
-// `rest`: all columns but the target's.
+// `rest`: all columns but the target's; `target`: its logit, soft-capped.
 __device__ inline RowResult finish_row(const Partial& rest, float target, const LogitMap& map) {
   Partial own = no_columns();
   if (target != -INFINITY) {
@@ -203,9 +244,11 @@ __device__ inline RowResult finish_row(const Partial& rest, float target, const 
     own.sum = target < INFINITY ? 1.0f : NAN;
   }
   const Partial total = combine(rest, own, map.scale());
-  if (total.sum != total.sum) return {0.0f, NAN, NAN, NAN};
-  if (total.max == -INFINITY) return {-INFINITY, 0.0f, 0.0f, -INFINITY};
+  const bool top1 = !rest.beats;
+  if (total.sum != total.sum) return {0.0f, NAN, NAN, NAN, top1};
+  if (total.max == -INFINITY) return {-INFINITY, 0.0f, 0.0f, -INFINITY, top1};
   RowResult row;
+  row.top1 = top1;
   row.offset = total.max;
   row.log_sum = log2f(total.sum);
   row.entropy = (row.log_sum - total.weighted / total.sum) * kLn2;
@@ -216,15 +259,17 @@ __device__ inline RowResult finish_row(const Partial& rest, float target, const 
   return row;
 }
 
-// Where a row's results go; row_stats and entropy may be null.
+// Where a row's results go; all but logprobs may be null.
 struct RowOutputs {
   float* logprobs;
   float* row_stats;
   float* entropy;
+  bool* top1;
 
   __device__ void write(int64_t row, const RowResult& result) const {
     logprobs[row] = result.logprob;
     if (entropy != nullptr) entropy[row] = result.entropy;
+    if (top1 != nullptr) top1[row] = result.top1;
     if (row_stats != nullptr) {
       row_stats[2 * row] = result.offset;
       row_stats[2 * row + 1] = result.log_sum;

@@ -1,4 +1,4 @@
-// Log-prob (and entropy) of given tokens from logits: one read forward, one read and one write
+// Log-prob (entropy, arg max) of given tokens from logits: one read forward, one read and one write
 // backward.
 #include "ops.h"
 #include "softmax_gradient.cuh"
@@ -21,13 +21,13 @@ __global__ void __launch_bounds__(kRowThreads, 4)
       continue;
     }
     const T* x = row_pointer<const T>(logits, row);
-    const int64_t token_id = token_ids[row];
-    const float target = target_logit<kSoftcap>(x, token_id, vocab, map);
-    const Partial slot = slot_partial<kSoftcap, kMean>(x, vocab, token_id, map);
+    const Target target = read_target(x, token_ids[row], vocab, out.top1 != nullptr);
+    const Partial slot = slot_partial<kSoftcap, kMean>(x, vocab, target, map);
     if (lane_index() == 0) slots[warp_index()] = slot;
     __syncthreads();
     if (threadIdx.x == 0) {
-      out.write(row, finish_row(combine_slots(slots, map.scale()), target, map));
+      const float logit = target.capped<kSoftcap>(vocab, map);
+      out.write(row, finish_row(combine_slots(slots, map.scale()), logit, map));
     }
     __syncthreads();
   }
@@ -37,15 +37,19 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 template <bool kSoftcap, bool kMean, typename T>
 __global__ void __launch_bounds__(kRowThreads, 4)
     token_logprobs_pieces_kernel(Rows logits, const int64_t* token_ids, const bool* mask,
-                                 int64_t vocab, int pieces, LogitMap map, Partial* partials) {
+                                 int64_t vocab, int pieces, LogitMap map, bool with_top1,
+                                 Partial* partials) {
   const int64_t row = blockIdx.x / pieces;
   if (mask != nullptr && !mask[row]) return;
   const int tile = static_cast<int>(blockIdx.x % pieces) * kSlots + warp_index();
   Partial part = no_columns();
   if (tile < tiles_of<T>(vocab)) {
     Words<T> packs[kTilePacks];
-    load_tile(row_pointer<const T>(logits, row), tile, vocab, packs);
-    part = tile_partial<kSoftcap, kMean>(packs, token_ids[row] - int64_t{tile} * kTile<T>, map);
+    const T* x = row_pointer<const T>(logits, row);
+    load_tile(x, tile, vocab, packs);
+    Target target{token_ids[row], 0.0f, false};
+    if (with_top1) target = read_target(x, target.id, vocab, true);
+    part = tile_partial<kSoftcap, kMean>(packs, tile, target, map);
   }
   if (lane_index() == 0) {
     partials[static_cast<int64_t>(blockIdx.x) * kSlots + warp_index()] = part;
@@ -74,9 +78,10 @@ __global__ void token_logprobs_combine_kernel(Rows logits, const int64_t* token_
   }
   __syncthreads();
   if (slot == 0) {
-    const float target =
-        target_logit<kSoftcap>(row_pointer<const T>(logits, row), token_ids[row], vocab, map);
-    out.write(row, finish_row(combine_slots(slots, map.scale()), target, map));
+    const T* x = row_pointer<const T>(logits, row);
+    const Target target = read_target(x, token_ids[row], vocab, out.top1 != nullptr);
+    const float logit = target.capped<kSoftcap>(vocab, map);
+    out.write(row, finish_row(combine_slots(slots, map.scale()), logit, map));
   }
 }
 
@@ -92,10 +97,11 @@ int64_t token_logprobs_workspace(int64_t rows, int64_t vocab, int dtype) {
 
 void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t* token_ids,
                         const bool* mask, float inv_temperature, float softcap, float* logprobs,
-                        float* row_stats, float* entropy, void* workspace, void* stream) {
+                        float* row_stats, float* entropy, bool* top1, void* workspace,
+                        void* stream) {
   if (rows == 0) return;
   const LogitMap map{inv_temperature, softcap};
-  const RowOutputs out{logprobs, row_stats, entropy};
+  const RowOutputs out{logprobs, row_stats, entropy, top1};
   dispatch_dtype(logits.dtype, "token_logprobs", [&](auto tag) {
     using T = decltype(tag);
     dispatch_flags(softcap > 0, entropy != nullptr, [&](auto cap, auto mean) {
@@ -109,7 +115,7 @@ void token_logprobs_fwd(int64_t rows, int64_t vocab, Rows logits, const int64_t*
       Partial* partials = static_cast<Partial*>(workspace);
       const auto first = token_logprobs_pieces_kernel<cap.value, mean.value, T>;
       FASTRL_LAUNCH(first, static_cast<unsigned>(rows * pieces), kRowThreads, 0, stream, logits,
-                    token_ids, mask, vocab, pieces, map, partials);
+                    token_ids, mask, vocab, pieces, map, top1 != nullptr, partials);
       const auto second = token_logprobs_combine_kernel<cap.value, T>;
       FASTRL_LAUNCH(second, static_cast<unsigned>(rows), kWarp, 0, stream, logits, token_ids, mask,
                     vocab, pieces, map, partials, out);

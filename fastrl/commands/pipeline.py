@@ -33,7 +33,7 @@ from fastrl.commands.stages import (
 )
 from fastrl.run import distributed
 from fastrl.run.output import REPORT, check_output
-from fastrl.run.record import begun_at, read_folders, read_record
+from fastrl.run.record import begun_at, models_read, read_record
 from fastrl.run.resume import changed, newest_state
 from fastrl.run.runfiles import duration, highlights, read_run
 from fastrl.run.signals import Interrupted
@@ -136,12 +136,12 @@ def _choose(stage: Stage, trained: set[str], redo: bool) -> tuple[str, str, list
 
 def _changed_models(stage: Stage, record: dict[str, Any], trained: set[str]) -> list[str]:
     """Models that the stage's run started from and that are others by now, or will be."""
-    found = []
-    for name, folder in read_folders(stage.settings).items():
-        if folder in trained:
-            found.append(f"{name} {folder} is trained anew")
-        elif name in record.get("reads", {}) and begun_at(folder) != record["reads"][name]:
-            found.append(f"{name} {folder} was trained anew since")
+    found, before = [], record.get("reads") or {}
+    for name, model in models_read(stage.settings):
+        if model in trained:
+            found.append(f"{name} {model} is trained anew")
+        elif model in before and begun_at(model) != before[model]:
+            found.append(f"{name} {model} was trained anew since")
     return found
 
 

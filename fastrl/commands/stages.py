@@ -13,6 +13,8 @@ import yaml
 import fastrl
 from fastrl.cli import COMMANDS
 from fastrl.run.config import from_mapping, nearest, read_yaml
+from fastrl.run.record import models_read
+from fastrl.run.trackers import check_trackers
 
 RECIPES = Path(fastrl.__file__).parent / "recipes"
 GIVES = {"sft": "model", "reward": "reward_model"}  # the setting of later stages that an earlier one's output is for
@@ -115,22 +117,26 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def check_inputs(stages: Sequence[Stage]) -> None:
-    """Raise FileNotFoundError if a local file that a stage reads is not there, before the first stage trains."""
+    """Refuse what would end a later stage, before the first one trains.
+
+    Raises:
+        FileNotFoundError: a local file or folder that a stage reads is not there.
+        ValueError: a tracker is not installed.
+    """
     outputs = [stage.settings.output for stage in stages]
     for stage in stages:
+        check_trackers(stage.settings.tracker)
         for name, value in reads(stage):
             if value not in outputs and is_missing(value):
                 raise FileNotFoundError(f"run: {stage.name}: {name}: not found: {value} (looked in {Path.cwd()})")
 
 
 def reads(stage: Stage) -> list[tuple[str, str]]:
-    """(setting, source) of the models and data that a stage reads."""
-    found = []
-    for item in fields(stage.settings):
-        if item.name.endswith(("model", "data")):
-            value = getattr(stage.settings, item.name)
-            sources = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
-            found += [(item.name, str(source)) for source in sources if source]
+    """(option, source) of the models and data that a stage reads."""
+    found = list(models_read(stage.settings))
+    for name in (item.name for item in fields(stage.settings) if item.name.endswith("data")):
+        value = getattr(stage.settings, name)
+        found += [(name, source) for source in ([value] if isinstance(value, str) else value) if source]
     return found
 
 

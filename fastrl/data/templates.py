@@ -7,6 +7,7 @@ trained with is recorded in its tokenizer_config.json, and holds for all that co
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def recorded_template(source: Any) -> str | None:
         file = Path(source) / "tokenizer_config.json"
         return read_json(file).get(RECORD) if file.is_file() else None
     return getattr(source, "init_kwargs", {}).get(RECORD)
+
+
+def without_record(tokenizer: Any) -> Any:
+    """The tokenizer as one of a model that was trained with no template yet: for data that is written otherwise than
+    the model's own, such as the plain texts of PTX.
+    """
+    other = copy.copy(tokenizer)
+    other.init_kwargs = {name: value for name, value in tokenizer.init_kwargs.items() if name != RECORD}
+    return other
 
 
 def check_same_template(template: str, model: str, reward_model: str) -> None:

@@ -36,7 +36,7 @@ class Budget(NamedTuple):
 
 
 FULL = Budget()
-QUICK = Budget(pretrain_steps=10, sft_steps=10, rankings=48, reward_steps=5, ppo_iterations=2, judged=32)
+QUICK = Budget(pretrain_steps=5, sft_steps=5, rankings=32, reward_steps=3, ppo_iterations=1, judged=16)
 
 
 class Judged(NamedTuple):

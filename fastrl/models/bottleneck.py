@@ -49,7 +49,7 @@ def add_bottlenecks(model: Any, size: int, places: str) -> None:
         places: "both", after attention and MLP, or "mlp".
     """
     hidden = model.config.get_text_config().hidden_size
-    for parts in layers(model):
+    for parts in layer_parts(model):
         for place in PLACES[places]:
             adapter = Bottleneck(hidden, size).to(model.device, model.dtype)
             parts[place].add_module("bottleneck", adapter)
@@ -57,7 +57,7 @@ def add_bottlenecks(model: Any, size: int, places: str) -> None:
     model.fastrl_bottleneck = {"adapter_size": size, "adapter_places": places}
 
 
-def layers(model: nn.Module) -> list[dict[str, nn.Module]]:
+def layer_parts(model: nn.Module) -> list[dict[str, nn.Module]]:
     """Attention and MLP of every layer.
 
     Raises:

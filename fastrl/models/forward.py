@@ -44,9 +44,10 @@ class Policy(Tuned):
         *,
         temperature: float = 1.0,
         return_entropy: bool = False,
+        return_top1: bool = False,
         denominator: float | Tensor | None = None,
         packed_positions: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Log-probabilities of the last R tokens of each row, or their summed loss; logits are never formed whole.
 
         `logprobs[b, t]` is of the token in column T - R + t, from the hidden state of the token before it. Only the
@@ -58,15 +59,16 @@ class Policy(Tuned):
             mask: (B, R) bool, R < T; True = the token counts.
             temperature: > 0, divides the logits.
             return_entropy: also return the entropies.
+            return_top1: also return which tokens are the likeliest (bool).
             denominator: positive; the result is then the loss, -sum of the log-probs / denominator. For micro-batches
                 pass the count of the whole batch.
             packed_positions: (B, T) for rows that hold several sequences: each token's position in its own sequence. No
                 sequence sees another, and its first token, which nothing of its own predicts, does not count.
         Returns:
-            (B, R) float32 nats, 0 where masked; with `return_entropy` the pair (log-probs, entropies); with
-            `denominator` the 0-d float32 loss.
+            (B, R) float32 nats, 0 where masked; with `return_entropy` or `return_top1` the tuple (log-probs,
+            [entropies], [top1]) of what is asked for; with `denominator` the 0-d float32 loss.
         Raises:
-            ValueError: `mask` has as many columns as `input_ids`, or entropies of a loss are asked for.
+            ValueError: `mask` has as many columns as `input_ids`, or entropies or top1 of a loss are asked for.
         """
         length = mask.shape[1]
         if length >= input_ids.shape[1]:
@@ -74,8 +76,9 @@ class Policy(Tuned):
                 "Policy: mask: expected fewer columns than input_ids (at least one prompt token),"
                 f" got {tuple(mask.shape)} and {tuple(input_ids.shape)}"
             )
-        if denominator is not None and return_entropy:
-            raise ValueError("Policy: return_entropy: expected False with a denominator, got True; take the log-probs")
+        if denominator is not None and (return_entropy or return_top1):
+            name = "return_entropy" if return_entropy else "return_top1"
+            raise ValueError(f"Policy: {name}: expected False with a denominator, got True; take the log-probs")
         start = input_ids.shape[1] - length
         hidden = self.tuner.hidden(input_ids, attention_mask, packed_positions)[:, start - 1 : -1]  # (B, R, H)
         if packed_positions is not None:
@@ -85,7 +88,7 @@ class Policy(Tuned):
         options = {"mask": mask, "temperature": temperature, **head.options()}
         if denominator is not None:
             return linear_cross_entropy(*arguments, denominator=denominator, **options)
-        return linear_logprobs(*arguments, return_entropy=return_entropy, **options)
+        return linear_logprobs(*arguments, return_entropy=return_entropy, return_top1=return_top1, **options)
 
 
 class Scorer(Tuned):

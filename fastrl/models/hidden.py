@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.models.heads import decoder
+from fastrl.models.packed_attention import NAME as PACKED_SDPA
+from fastrl.models.packed_attention import sequences_of
 from fastrl.models.virtual import virtual_tokens, with_virtual_tokens
 
 VIRTUAL_TOKENS = (
@@ -41,15 +43,16 @@ def final_hidden(
 
     With `packed_positions` (B, T) a row holds several sequences, each counted from 0: from where the count starts anew
     transformers masks what stands before. That a family heeds it is for `fastrl.models.probe.check_packing` to measure.
+    The square of a row is not computed after `fastrl.models.packed_attention.attend_by_sequence`.
 
     Raises:
         ValueError: sequences are packed and the backbone takes no position ids, or the model has virtual tokens, which
             only the first sequence of a row would see.
     """
     backbone: Any = decoder(model)
-    takes_positions = "position_ids" in arguments(type(backbone).forward)
+    accepted = arguments(type(backbone).forward)
     if packed_positions is not None:
-        if not takes_positions:
+        if "position_ids" not in accepted:
             raise ValueError(f"packing: {type(backbone).__name__} takes no position_ids; use --packing none")
         if virtual_tokens(model):
             raise ValueError(VIRTUAL_TOKENS)
@@ -60,10 +63,12 @@ def final_hidden(
     columns = torch.arange(width, device=input_ids.device)
     kept_first = attention_mask.logical_not().long().argsort(dim=-1, stable=True)[:, :width]
     real = columns < lengths[:, None]  # (B, W)
-    inputs = {"input_ids": torch.where(real, input_ids.gather(1, kept_first), 0)}
+    inputs: dict[str, Any] = {"input_ids": torch.where(real, input_ids.gather(1, kept_first), 0)}
     if packed_positions is not None:
-        inputs["position_ids"] = torch.where(real, packed_positions.gather(1, kept_first), 0)
-    elif takes_positions:
+        positions = inputs["position_ids"] = torch.where(real, packed_positions.gather(1, kept_first), 0)
+        if backbone.config._attn_implementation == PACKED_SDPA and "kwargs" in accepted:
+            inputs["fastrl_sequences"] = sequences_of(positions, lengths)
+    elif "position_ids" in accepted:
         inputs["position_ids"] = columns.expand_as(real)
     hidden = backbone(**with_virtual_tokens(model, inputs), use_cache=False).last_hidden_state[:, -width:]
     places = position_ids(attention_mask)[..., None].expand(-1, -1, hidden.shape[-1])

@@ -26,6 +26,7 @@ from fastrl.models.decoding import NO_CACHE, evaluating, next_logits
 from fastrl.models.forward import as_scorer
 from fastrl.models.heads import base_model, lm_head, score_head
 from fastrl.models.hidden import VIRTUAL_TOKENS
+from fastrl.models.packed_attention import attend_by_sequence
 from fastrl.models.tuners import TunerSettings, coming_tokens
 from fastrl.models.weights import check_sizes
 
@@ -38,7 +39,6 @@ NOT_OURS = (
     "the model does something that fastrl does not compute, so its log-probs would be wrong; choose another model"
 )
 NO_STEPS = "decoding with its cache gives other logits than reading the whole sequence"
-
 NOT_PACKED = "something of a sequence reaches the next one in its row; use --packing none"
 
 Result = TypeVar("Result")
@@ -83,7 +83,7 @@ def check_policy(model: Any, tokenizer: Any, path: str | Path) -> None:
 @torch.no_grad()
 def check_packing(model: Any, tokenizer: Any, path: str | Path, settings: TunerSettings | None = None) -> None:
     """Raise ValueError unless sequences that share a row have the hidden states that each has alone; nor do they if the
-    model has virtual tokens, or will have them from the tuner of `settings`.
+    model has virtual tokens, or will have them from the tuner of `settings`. The model gets `attend_by_sequence`.
     """
     if settings and coming_tokens(model, settings):
         raise ValueError(f"{path}: {VIRTUAL_TOKENS}")
@@ -95,12 +95,13 @@ def check_packing(model: Any, tokenizer: Any, path: str | Path, settings: TunerS
     positions = torch.cat([torch.arange(LENGTH), torch.arange(SHORT)]).to(ids.device).expand_as(packed)
     with evaluating(model):
         first, second = final_hidden(model, alone, kept)
+        attend_by_sequence(model)
         every = torch.ones_like(packed).bool()
         found = check.attempt("packing", lambda: final_hidden(model, packed, every, positions))
-        spread, beside = first.float().std(-1).mean(), found[:, LENGTH:]
-        one, other = beside[0], beside[1]
-        check.same("packing: states beside another neighbour", one, other, spread, NOT_PACKED, CAUSAL_TOLERANCE)
-        check.same("packing: states beside a neighbour", one, second[-SHORT:], spread, NOT_PACKED)
+        spread = first.float().std(-1).mean()
+        beside, other = found[0, LENGTH:], found[1, LENGTH:]
+        check.same("packing: states beside another neighbour", other, beside, spread, NOT_PACKED, CAUSAL_TOLERANCE)
+        check.same("packing: states beside a neighbour", beside, second[-SHORT:], spread, NOT_PACKED)
         check.same("packing: states of the first in a row", found[0, :LENGTH], first, spread, NOT_PACKED)
 
 

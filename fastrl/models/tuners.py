@@ -18,7 +18,7 @@ import peft
 import transformers
 from torch import Tensor, nn
 
-from fastrl.models.bottleneck import add_bottlenecks, bottleneck_names, layers
+from fastrl.models.bottleneck import add_bottlenecks, bottleneck_names, layer_parts
 from fastrl.models.heads import SCORE, base_model
 from fastrl.models.hidden import final_hidden
 from fastrl.models.lora import merged
@@ -34,8 +34,8 @@ from fastrl.models.virtual_tuning import (
 
 
 class TunerSettings(Protocol):
-    """What `tune` reads of a loop's settings; also `lora_dropout`, `gradient_checkpointing`, `merge_adapter`
-    and `packing`, if there. An option of another tuner than the one that is named is ignored.
+    """What `tune` reads of a loop's settings; also `lora_dropout`, `gradient_checkpointing` and
+    `merge_adapter`, if there. An option of another tuner than the one that is named is ignored.
     """
 
     @property
@@ -197,14 +197,12 @@ def check_bitfit(model: nn.Module, settings: TunerSettings) -> None:
 
 def check_adapter(model: nn.Module, settings: TunerSettings) -> None:
     """Raise ValueError if the model's layers have no place for bottleneck adapters."""
-    layers(model)
+    layer_parts(model)
 
 
 def check_virtual(model: nn.Module, settings: TunerSettings) -> None:
     """Raise ValueError if virtual tokens fit neither the model nor the other settings."""
     name = tuner_name(settings)
-    if getattr(settings, "packing", "none") != "none":
-        raise ValueError(f"packing: expected none with tuner {name}, whose virtual tokens stand at the start of a row")
     if name == "prefix" and getattr(settings, "gradient_checkpointing", False):
         raise ValueError(
             "gradient_checkpointing: expected false with tuner prefix, got true: under it transformers drops the cache,"

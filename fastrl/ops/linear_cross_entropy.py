@@ -93,7 +93,7 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(
             hidden, weight, bias, lora_a, lora_b, labels, keep, upstream.detach(), options, backend
         )
-    logprobs = head_logprobs(hidden, weight, bias, lora, labels, keep, temperature, softcap, False, backend)
+    logprobs = head_logprobs(hidden, weight, bias, lora, labels, keep, temperature, softcap, False, False, backend)
     return -logprobs.sum() / denominator
 
 
@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dlora_b = empty(lora_b) if lora_b is not None and needs[4] else None
         head_forward(
             backend, rows, weight, labels.reshape(-1).long().contiguous(), keep, bias, lora_a, lora_b, *options,
-            logprobs, row_stats, None, direction, None, upstream, dweight, dbias, dlora_b,
+            logprobs, row_stats, None, None, direction, None, upstream, dweight, dbias, dlora_b,
         )  # fmt: skip
         ctx.save_for_backward(hidden, lora_a, keep, upstream, direction, dweight, dbias, dlora_b)
         ctx.options, ctx.backend, ctx.inputs = options, backend, (weight, bias, lora_b)

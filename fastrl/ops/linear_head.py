@@ -19,6 +19,7 @@ from fastrl.checks import (
 )
 from fastrl.ops import linear_head_cpu, linear_head_gpu
 from fastrl.ops.autograd import differentiable_once
+from fastrl.ops.logit_options import present
 from fastrl.ops.native import autocast_dtype, native_op
 
 
@@ -84,23 +85,26 @@ def autocast(
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
 
 
-def head_logprobs(hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, backend):
-    """Log-probs, or (log-probs, entropies), by a native backend, of arguments that are checked."""
+def head_logprobs(
+    hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, return_top1, backend
+):  # fmt: skip
+    """What linear_logprobs returns, by a native backend, of arguments that are checked."""
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     needs_direction = torch.is_grad_enabled() and (
         hidden.requires_grad or (lora_a is not None and lora_a.requires_grad)
     )
     return _HeadLogprobs.apply(
         hidden, weight, bias, lora_a, lora_b, token_ids, mask, (float(scaling), temperature, softcap), return_entropy,
-        needs_direction, backend,
+        return_top1, needs_direction, backend,
     )  # fmt: skip
 
 
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, lora_a, lora_b, token_ids, mask, options, return_entropy, needs_direction, backend
-    ):
+        ctx, hidden, weight, bias, lora_a, lora_b, token_ids, mask, options, return_entropy, return_top1,
+        needs_direction, backend,
+    ):  # fmt: skip
         shape = hidden.shape[:-1]
         rows = hidden.reshape(-1, hidden.shape[-1])
         token_ids = token_ids.reshape(-1).long().contiguous()
@@ -109,12 +113,13 @@ class _HeadLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(shape, dtype=torch.float32)
         row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
         entropy = hidden.new_empty(shape, dtype=torch.float32) if return_entropy else None
+        top1 = hidden.new_empty(shape, dtype=torch.bool) if return_top1 else None
         direction = hidden.new_empty((count, width)) if needs_direction else None
         entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
         head_forward(
             backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
-            logprobs.view(-1), row_stats, None if entropy is None else entropy.view(-1), direction, entropy_direction,
-            None, None, None, None,
+            logprobs.view(-1), row_stats, *(None if t is None else t.view(-1) for t in (entropy, top1)),
+            direction, entropy_direction, None, None, None, None,
         )  # fmt: skip
         # Copies, as the caller may change the outputs in place; the gradient of hidden alone needs none.
         needs_outputs = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
@@ -126,16 +131,17 @@ class _HeadLogprobs(torch.autograd.Function):
         )  # fmt: skip
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return logprobs if entropy is None else (logprobs, entropy)
+        return logprobs if entropy is None and top1 is None else present(logprobs, entropy, top1)
 
     @staticmethod
     @differentiable_once("linear_logprobs")
-    def backward(ctx, dlogprobs, dentropy=None):
+    def backward(ctx, dlogprobs, dentropy=None, _=None):
+        # Without the entropy the second upstream is that of top1, which is None.
         hidden, weight, bias, lora_a, lora_b, token_ids, mask, *results = ctx.saved_tensors
         row_stats, logprobs, entropy, direction, entropy_direction = results
         need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
         if dlogprobs is None and dentropy is None:
-            return (None,) * 11
+            return (None,) * 12
         dlogprobs = row_stats.new_zeros(len(row_stats)) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
         dentropy = None if dentropy is None else dentropy.reshape(-1).contiguous()
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -153,7 +159,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 ctx.backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *ctx.options, row_stats, logprobs,
                 None if dentropy is None else entropy, dlogprobs, dentropy, dweight, dbias, dlora_b,
             )  # fmt: skip
-        return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None
+        return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None, None
 
 
 def input_gradients(
@@ -181,8 +187,9 @@ _HEAD = (
 )
 head_forward = native_op(
     "linear_head_fwd",
-    _HEAD + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? direction, "
-    "Tensor(e!)? entropy_direction, Tensor? upstream, Tensor(f!)? dweight, Tensor(g!)? dbias, Tensor(h!)? dlora_b",
+    _HEAD + "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? top1, "
+    "Tensor(e!)? direction, Tensor(f!)? entropy_direction, Tensor? upstream, Tensor(g!)? dweight, Tensor(h!)? dbias, "
+    "Tensor(i!)? dlora_b",
     {"cpu": linear_head_cpu.forward, **linear_head_gpu.on_each_backend(linear_head_gpu.forward)},
 )
 _head_backward_hidden = native_op(

@@ -60,7 +60,7 @@ class Head(NamedTuple):
 
 def forward(
     hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
-    logprobs, row_stats, entropy, direction, entropy_direction,
+    logprobs, row_stats, entropy, top1, direction, entropy_direction,
     upstream=None, dweight=None, dbias=None, dlora_b=None,
 ):  # fmt: skip
     """Fills the outputs, 0 where masked; those that are None are not needed.
@@ -71,7 +71,7 @@ def forward(
     A direction (M, H + r) is the gradient of log-prob or entropy with respect to hidden, and to the adapter's
     scaling * hidden @ lora_a.T.
     """
-    outputs = (logprobs, row_stats, entropy, direction, entropy_direction)
+    outputs = (logprobs, row_stats, entropy, top1, direction, entropy_direction)
     kept = _kept(mask)
     token_ids = _take(token_ids, kept)
     check_range(token_ids, len(weight), "linear_logprobs")
@@ -84,8 +84,8 @@ def forward(
     parameters = ParameterGradient(dweight, dbias, dlora_b, hidden.shape[1], x) if upstream is not None else None
     for begin, end in _spans(len(x), CHUNK_ROWS if parameters is None else parameters.chunk_rows):
         results = _forward_chunk(
-            x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, direction is not None,
-            upstream, parameters,
+            x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, top1 is not None,
+            direction is not None, upstream, parameters,
         )  # fmt: skip
         for output, result in zip(outputs, results, strict=True):
             if output is None:
@@ -101,13 +101,16 @@ def forward(
         parameters.finish(empty=len(x) == 0)
 
 
-def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_direction, upstream, parameters):
-    """log-probs, statistics, entropy and fp32 directions (n, K) of a chunk of rows; adds to the parameters' gradient
-    if it is given."""
+def _forward_chunk(
+    x, head, token_ids, temperature, softcap, with_entropy, with_top1, with_direction, upstream, parameters
+):  # fmt: skip
+    """log-probs, statistics, entropy, top1 and fp32 directions (n, K) of a chunk of rows; adds to the parameters'
+    gradient if it is given."""
     n, width = x.shape
     threads = torch.get_num_threads()
     targets = head.select(token_ids)
-    sweeps = _floats(n, 5)
+    sweeps = _floats(n, 6)
+    top1 = torch.zeros(n, dtype=torch.bool) if with_top1 else None
     _C.linear_head_begin(row_layout(x), row_layout(targets), n, width, softcap, sweeps, threads)
     sums = x.new_zeros(n, width, dtype=torch.float32) if with_direction else None
     weighted = x.new_zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
@@ -124,7 +127,8 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
         torch.mm(x, block.t(), out=exponentials[0])
         _C.linear_head_sweep(
             row_layout(exponentials[0]), token_ids, begin, n, end - begin, 1.0 / temperature, softcap,
-            with_entropy, with_direction or parameters is not None, row_layout(exponentials[-1]), sweeps, threads,
+            with_entropy, with_direction or parameters is not None, row_layout(exponentials[-1]), sweeps, top1,
+            threads,
         )  # fmt: skip
         if parameters is not None:
             kept.append((begin, end, exponentials[0], sweeps[:, 1].clone()))
@@ -143,7 +147,7 @@ def _forward_chunk(x, head, token_ids, temperature, softcap, with_entropy, with_
             _C.linear_head_direction(
                 row_layout(targets), sums, weighted if i else None, factors[i], n, width, result, threads
             )
-    return logprobs, row_stats, entropy, sums, weighted
+    return logprobs, row_stats, entropy, top1, sums, weighted
 
 
 class ParameterGradient:

@@ -57,11 +57,11 @@ class Head(NamedTuple):
 
 def forward(
     backend, hidden, weight, token_ids, mask, bias, lora_a, lora_b, scaling, temperature, softcap,
-    logprobs, row_stats, entropy, direction, entropy_direction,
+    logprobs, row_stats, entropy, top1, direction, entropy_direction,
     upstream=None, dweight=None, dbias=None, dlora_b=None,
 ):  # fmt: skip
     """See linear_head_cpu.forward. A token id outside the vocabulary makes its row NaN; FASTRL_DEBUG=1 raises."""
-    outputs = (logprobs, row_stats, entropy, direction, entropy_direction)
+    outputs = (logprobs, row_stats, entropy, top1, direction, entropy_direction)
     head = _head(weight, bias, lora_b)
     kept, batch = _select(hidden, token_ids, mask, head, lora_a, scaling)
     if debugging():
@@ -77,10 +77,10 @@ def forward(
         padded = len(logits) if batch_invariant() else size
         _multiply_head(head, part, logits[:padded])
         row_kernel(
-            backend, logits[:size], part.token_ids, part.mask, temperature, softcap, *results[:3],
+            backend, logits[:size], part.token_ids, part.mask, temperature, softcap, *results[:4],
             *(gradient[:size] for gradient in gradients), *[None] * (2 - copies),
         )  # fmt: skip
-        for gradient, out in zip(gradients, results[3:], strict=False):
+        for gradient, out in zip(gradients, results[4:], strict=False):
             if out is not None:
                 _direction(head, gradient[:padded], lora_a, scaling, out)
         if upstream is not None:
@@ -254,10 +254,10 @@ def gradient_kernel(backend, *args) -> None:
     _GRADIENT_KERNELS[backend](*args)
 
 
-def _rows_cuda(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, out, entropy_out):
+def _rows_cuda(logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, top1, out, entropy_out):
     launch_cuda(
         "linear_head_rows", logits, row_layout(logits), token_ids, mask, *logits.shape, 1.0 / temperature, softcap,
-        logprobs, row_stats, entropy, *(None if o is None else row_layout(o) for o in (out, entropy_out)),
+        logprobs, row_stats, entropy, top1, *(None if o is None else row_layout(o) for o in (out, entropy_out)),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Log-probability (and entropy) of given tokens, from hidden states and the head's weight."""
+"""Log-probability (entropy, arg max) of given tokens, from hidden states and the head's weight."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    return_top1: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Log-probability of each given token under softmax(cap((hidden @ weight.T + bias) * logit_scale) / temperature).
 
         y[m] = x[m, i] - log sum_v exp x[m, v],   i = token_ids[m]
@@ -49,12 +50,15 @@ def linear_logprobs(
         logit_scale: > 0, multiplies the logits first: Cohere's logit_scale, 1 / Granite's logits_scaling.
         softcap: > 0; scaled logits become softcap * tanh(logits / softcap).
         return_entropy: also return the entropy of each kept position.
+        return_top1: also return, for each position, whether it is kept and its token the arg max, the first of equals,
+            of the logits that the matrix product gives; as in `token_logprobs`.
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
-        (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
+        (...) float32 log-probs in nats, never above 0; with `return_entropy` or `return_top1` the tuple (logprobs,
+        [entropy], [top1]) of what is asked for; top1 is bool and has no gradient.
     Raises:
         ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU such
-            an id gives NaN at its position, without a host sync; FASTRL_DEBUG=1 raises there too.
+            an id gives NaN (top1 False) at its position, without a host sync; FASTRL_DEBUG=1 raises there too.
     Numerics: the target's logit, all sums and every gradient's accumulation are in float32; the other logits have the
         precision of a matrix product in the dtype of hidden. log p = -log(1 + odds against), exact near 0. The same
         call gives the same bits, with or without gradients; a row's bits may change with the number of kept rows, as
@@ -69,13 +73,15 @@ def linear_logprobs(
     hidden, weight, bias, lora = autocast(hidden, weight, bias, lora)
     check_head(OP, hidden, weight, token_ids, "token_ids", bias, lora, mask)
     check_flag(OP, "return_entropy", return_entropy)
+    check_flag(OP, "return_top1", return_top1)
     check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, hidden, backend)
     if backend == "reference":
         return reference.linear_logprobs(
-            hidden, weight, token_ids, bias, lora, mask, temperature, logit_scale, softcap or 0.0, return_entropy
-        )
+            hidden, weight, token_ids, bias, lora, mask, temperature, logit_scale, softcap or 0.0, return_entropy,
+            return_top1,
+        )  # fmt: skip
     return head_logprobs(
         hidden, weight, bias, lora, token_ids, mask, *without_scale(temperature, logit_scale, softcap), return_entropy,
-        backend,
+        return_top1, backend,
     )  # fmt: skip

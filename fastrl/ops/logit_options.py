@@ -1,6 +1,8 @@
-"""Scale, cap and temperature of logits: their checks, and the two numbers that kernels take."""
+"""What the ops on logits take and return alike: scale, cap and temperature, and the results that are asked for."""
 
 from __future__ import annotations
+
+import torch
 
 from fastrl.checks import check_positive
 
@@ -18,3 +20,8 @@ def without_scale(temperature: float, logit_scale: float, softcap: float | None)
     c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s.
     """
     return temperature / logit_scale, (softcap or 0.0) / logit_scale
+
+
+def present(*results: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Those that are not None."""
+    return tuple(result for result in results if result is not None)

@@ -1,4 +1,4 @@
-"""Log-probability (and entropy) of given tokens, from logits."""
+"""Log-probability (entropy, arg max) of given tokens, from logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from fastrl.checks import check, check_flag, check_float, check_ids, check_mask, check_range, debugging
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose
-from fastrl.ops.logit_options import check_logit_options, without_scale
+from fastrl.ops.logit_options import check_logit_options, present, without_scale
 from fastrl.ops.native import (
     _C,
     DTYPE_CODES,
@@ -34,15 +34,18 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    return_top1: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Log-probability of each given token under softmax(cap(logits * logit_scale) / temperature).
 
         y[...] = x[..., i] - log sum_v exp x[..., v],   x = cap(logits * logit_scale) / temperature,  i = token_ids[...]
 
     Without a softcap, cap(z) = z, this is
     ``(logits.float() * logit_scale / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`` without
-    the fp32 copy of the logits. The entropy is ``-(p * p.log()).sum(-1)`` in nats, from the same pass.
+    the fp32 copy of the logits. The entropy is ``-(p * p.log()).sum(-1)`` in nats, and `top1`, whether the token is the
+    likeliest, is ``logits.argmax(-1) == token_ids``, the first of equals (scale, cap and temperature keep the order);
+    both are from the same pass.
 
     Args:
         logits: (..., V) float32, bfloat16 or float16 (float64 runs on `reference`). Any leading strides; copied only if
@@ -53,13 +56,16 @@ def token_logprobs(
         logit_scale: > 0, multiplies the logits first: Cohere's logit_scale, 1 / Granite's logits_scaling.
         softcap: > 0; scaled logits become softcap * tanh(logits / softcap); -inf stays -inf.
         return_entropy: also return the entropy of each kept position.
+        return_top1: also return, for each position, whether it is kept and its token the arg max.
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
-        (...) float32 log-probs in nats, never above 0; with `return_entropy` the pair (logprobs, entropy).
-        A row of -inf alone gives log-prob -inf, entropy 0 and no gradient. A NaN logit gives NaN.
+        (...) float32 log-probs in nats, never above 0; with `return_entropy` or `return_top1` the tuple (logprobs,
+        [entropy], [top1]) of what is asked for; top1 is bool and has no gradient.
+        A row of -inf alone gives log-prob -inf, entropy 0 and no gradient. A NaN logit gives NaN; its arg max is
+        torch's: the first NaN.
     Raises:
         ValueError: shape, dtype, device or value does not fit, or a kept token id is outside [0, V). On a GPU such
-            an id gives NaN at its position, without a host sync; FASTRL_DEBUG=1 raises there too.
+            an id gives NaN (top1 False) at its position, without a host sync; FASTRL_DEBUG=1 raises there too.
     Numerics: arithmetic and sums in fp32, relative to the row's maximum (a common offset costs no digits);
         the target's gradient is -expm1(log p), exact where p is near 1; a row's bits do not depend on the batch (on
         `triton`: of logits with the same stride of rows and the same alignment).
@@ -68,22 +74,23 @@ def token_logprobs(
     """
     _check(logits, token_ids, mask)
     check_flag(OP, "return_entropy", return_entropy)
+    check_flag(OP, "return_top1", return_top1)
     check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, logits, backend)
     if backend == "reference":
         return reference.token_logprobs(
-            logits, token_ids, mask, temperature, logit_scale, softcap or 0.0, return_entropy
+            logits, token_ids, mask, temperature, logit_scale, softcap or 0.0, return_entropy, return_top1
         )
     if backend != "cpu" and debugging():
         check_range(token_ids if mask is None else torch.where(mask, token_ids, 0), logits.shape[-1])
     arguments = (
         with_simple_rows(logits), token_ids.long().contiguous(), None if mask is None else mask.contiguous(),
-        *without_scale(temperature, logit_scale, softcap), return_entropy, backend,
+        *without_scale(temperature, logit_scale, softcap), return_entropy, return_top1, backend,
     )  # fmt: skip
     if torch.is_grad_enabled() and logits.requires_grad:
         return _TokenLogprobs.apply(*arguments)
-    logprobs, entropy, _ = _evaluate(*arguments)
-    return logprobs if entropy is None else (logprobs, entropy)
+    logprobs, entropy, top1, _ = _evaluate(*arguments)
+    return logprobs if entropy is None and top1 is None else present(logprobs, entropy, top1)
 
 
 def _check(logits, token_ids, mask):
@@ -94,30 +101,34 @@ def _check(logits, token_ids, mask):
     check_mask(OP, mask, logits.shape[:-1], logits)
 
 
-def _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend):
-    """(logprobs, entropy, row_stats); entropy is None if it is not asked for."""
+def _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, return_top1, backend):
+    """(logprobs, entropy, top1, row_stats); entropy and top1 are None if they are not asked for."""
     shape = logits.shape[:-1]
     logprobs = logits.new_empty(shape, dtype=torch.float32)
     row_stats = logits.new_empty((*shape, 2), dtype=torch.float32)
     entropy = logits.new_empty(shape, dtype=torch.float32) if return_entropy else None
-    _forward(backend, logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy)
-    return logprobs, entropy, row_stats
+    top1 = logits.new_empty(shape, dtype=torch.bool) if return_top1 else None
+    _forward(backend, logits, token_ids, mask, temperature, softcap, logprobs, row_stats, entropy, top1)
+    return logprobs, entropy, top1, row_stats
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, backend):
-        logprobs, entropy, row_stats = _evaluate(logits, token_ids, mask, temperature, softcap, return_entropy, backend)
+    def forward(ctx, logits, token_ids, mask, temperature, softcap, return_entropy, return_top1, backend):
+        logprobs, entropy, top1, row_stats = _evaluate(
+            logits, token_ids, mask, temperature, softcap, return_entropy, return_top1, backend
+        )
         # Copies, as the caller may change the outputs in place.
         kept_entropy = None if entropy is None else entropy.clone()
         ctx.save_for_backward(logits, token_ids, mask, row_stats, logprobs.clone(), kept_entropy)
         ctx.options = (temperature, softcap, backend)
         ctx.set_materialize_grads(False)
-        return logprobs if entropy is None else (logprobs, entropy)
+        return logprobs if entropy is None and top1 is None else present(logprobs, entropy, top1)
 
     @staticmethod
     @differentiable_once(OP)
-    def backward(ctx, dlogprobs, dentropy=None):
+    def backward(ctx, dlogprobs, dentropy=None, _=None):
+        # Without the entropy the second upstream is that of top1, which is None.
         logits, token_ids, mask, row_stats, logprobs, entropy = ctx.saved_tensors
         temperature, softcap, backend = ctx.options
         dlogits = None
@@ -129,7 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 backend, logits, token_ids, mask, temperature, softcap, row_stats, logprobs, entropy,
                 dlogprobs.contiguous(), None if dentropy is None else dentropy.contiguous(), dlogits,
             )  # fmt: skip
-        return dlogits, None, None, None, None, None, None
+        return dlogits, None, None, None, None, None, None, None
 
 
 def _forward_cpu(logits, *rest):
@@ -160,7 +171,7 @@ def _native_arguments(logits, token_ids, mask, temperature, *rest):
 _forward = native_op(
     "token_logprobs_fwd",
     "Tensor logits, Tensor token_ids, Tensor? mask, float temperature, float softcap, "
-    "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy",
+    "Tensor(a!) logprobs, Tensor(b!) row_stats, Tensor(c!)? entropy, Tensor(d!)? top1",
     {"cpu": _forward_cpu, "cuda": _forward_cuda, "triton": triton_kernel(OP, "forward")},
 )
 _backward = native_op(

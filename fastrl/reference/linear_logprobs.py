@@ -34,11 +34,12 @@ def linear_logprobs(
     logit_scale: float,
     softcap: float,
     return_entropy: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_top1: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `fastrl.ops.linear_logprobs`; softcap 0 means none. Returns float64 for float64 inputs."""
     if mask is not None:
         token_ids = torch.where(mask, token_ids.long(), 0)
         hidden = torch.where(mask[..., None], hidden, 0)
     check_range(token_ids, weight.shape[0], "linear_logprobs")
     logits = head_logits(hidden, weight, bias, lora)
-    return token_logprobs(logits, token_ids, mask, temperature, logit_scale, softcap, return_entropy)
+    return token_logprobs(logits, token_ids, mask, temperature, logit_scale, softcap, return_entropy, return_top1)

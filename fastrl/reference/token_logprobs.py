@@ -15,12 +15,14 @@ def token_logprobs(
     logit_scale: float,
     softcap: float,
     return_entropy: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_top1: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `fastrl.ops.token_logprobs`; softcap 0 means none. Returns float64 for float64 logits."""
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     token_ids = torch.where(keep, token_ids.long(), 0)
     check_range(token_ids, logits.shape[-1])
     x = torch.where(keep[..., None], logits, 0)
+    top1 = keep & (x.argmax(-1) == token_ids) if return_top1 else None
     x = x if x.dtype == torch.float64 else x.float()
     x = x * logit_scale
     if softcap > 0:
@@ -30,8 +32,11 @@ def token_logprobs(
     all_logprobs = x.log_softmax(-1)
     logprobs = all_logprobs.gather(-1, token_ids[..., None])[..., 0].clamp(max=0)
     logprobs = torch.where(keep, torch.where(dead, -torch.inf, logprobs), 0)
-    if not return_entropy:
-        return logprobs
-    finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0)  # 0 log 0 = 0
-    entropy = -(all_logprobs.exp() * finite).sum(-1)
-    return logprobs, torch.where(keep & ~dead, entropy, 0)
+    results = [logprobs]
+    if return_entropy:
+        finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0)  # 0 log 0 = 0
+        entropy = -(all_logprobs.exp() * finite).sum(-1)
+        results.append(torch.where(keep & ~dead, entropy, 0))
+    if top1 is not None:
+        results.append(top1)
+    return results[0] if len(results) == 1 else tuple(results)

@@ -16,8 +16,8 @@ LOSS_ESTIMATORS = ("k2", "k3")
 MAX_ERROR = 0.2
 
 
-def adapted_coef(coef: float, kl: float, *, target: float, horizon: int, samples: int) -> float:
-    """The coefficient after `samples` responses had a mean KL of `kl` under `coef`.
+def adapted(coef: float, kl: float, *, target: float, horizon: int, samples: int) -> float:
+    """The coefficient, or a factor of it, after `samples` responses had a mean KL of `kl` under `coef`.
 
         error = clip(kl / target - 1, -0.2, 0.2),   coef * (1 + error * samples / horizon)
 

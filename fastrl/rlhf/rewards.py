@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 FORMS = "WEIGHT*MODEL, WEIGHT*MODEL#CRITERION or WEIGHT*module:function"
 SHOWN = 200  # characters of a text in an error
+MOST = 3e38  # scores are float32
 
 Function = Callable[..., Any]
 
@@ -216,9 +217,9 @@ def _raises(call: Callable[[Sequence[int]], Any], row: int) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number, of Python or another library, and finite; a text is none."""
+    """Whether it is a number, of Python or another library, and finite in float32; a text is none."""
     try:
-        return hasattr(type(value), "__float__") and math.isfinite(value)
+        return hasattr(type(value), "__float__") and math.isfinite(value) and abs(float(value)) < MOST
     except (ArithmeticError, RuntimeError, TypeError, ValueError):  # several numbers, or one of 400 digits
         return False
 

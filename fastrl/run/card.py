@@ -12,9 +12,9 @@ from fastrl.run.output import LOG
 from fastrl.run.runfiles import RunFiles, held_out, is_time, number, read_run, state
 
 KEY_SETTINGS = (
-    "tuner lora_rank lora_alpha learning_rate critic_learning_rate schedule epochs max_steps iterations batch_size"
-    " minibatch_size max_length max_prompt_length max_new_tokens temperature kl_coef kl_estimator clip_coef gae_lambda"
-    " no_stop_score score_clip center_coef dtype seed"
+    "tuner lora_rank lora_alpha packing learning_rate critic_learning_rate schedule epochs max_steps iterations"
+    " batch_size minibatch_size max_length max_prompt_length max_new_tokens temperature kl_coef kl_estimator clip_coef"
+    " gae_lambda kl_target no_stop_score score_clip score_norm length_penalty ptx_coef center_coef dtype seed"
 ).split()
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".ndjson")  # of local files
 WHAT = {
@@ -63,7 +63,7 @@ def _bases(model: str, run: RunFiles | None) -> tuple[list[str], bool]:
     first = True
     while run and (name := run.mapping("settings").get("model")) and name not in found:
         found.insert(0, name)
-        first = "model" not in run.mapping("reads")
+        first = name not in run.mapping("reads")
         places = [Path(name).expanduser(), run.folder.resolve().parent / Path(name).name]
         run = next((read_run(place) for place in places if not first and (place / LOG).is_file()), None)
     return found, first
@@ -75,7 +75,13 @@ def _origin(run: RunFiles | None, bases: list[str]) -> str:
         loop = str(run.record.get("loop", ""))
         lines.append(f"Trained with fastrl: {WHAT.get(loop, loop or 'a run without run.json')} ({state(run)}).")
         settings = run.mapping("settings")
-        names = {"data": "Data", "eval_data": "Held-out data", "reward_model": "Reward model"}
+        names = {
+            "data": "Data",
+            "eval_data": "Held-out data",
+            "ptx_data": "Data mixed in",
+            "reward_model": "Reward model",
+        }
+        names |= {"reward_weights": "Weights of its criteria", "rewards": "Further rewards"}
         found = {label: _sources(settings.get(name)) for name, label in names.items()}
         rows = {"Base model": [" → ".join(bases)] if bases else [], **found}
     else:
@@ -111,9 +117,9 @@ def _versions(run: RunFiles) -> str:
 
 
 def _sources(value: Any) -> list[str]:
-    return (
-        [str(one) for one in value] if isinstance(value, list) else [value] if isinstance(value, str) and value else []
-    )
+    if isinstance(value, dict):
+        return [f"{name}={weight}" for name, weight in value.items()]
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one]
 
 
 def _is_hub(name: str) -> bool:

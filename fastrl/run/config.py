@@ -57,7 +57,8 @@ def checked(settings: Config) -> Config:
     """The settings with ~ expanded in their paths; call it before anything is loaded.
 
     Raises:
-        ValueError: a value is out of its option's bounds, not finite, or not among its choices.
+        ValueError: a value is out of its option's bounds, not finite, or not among its choices; or the settings' own
+            `check`, where they have one, finds options that contradict each other.
     """
     paths: dict[str, Any] = {}
     for item in fields(settings):  # type: ignore[arg-type]
@@ -65,7 +66,10 @@ def checked(settings: Config) -> Config:
         _check_value(item, value)
         if item.metadata.get("path"):
             paths[item.name] = _expanded(value)
-    return replace(settings, **paths)  # type: ignore[type-var]
+    settings = replace(settings, **paths)  # type: ignore[type-var]
+    if hasattr(settings, "check"):
+        settings.check()
+    return settings
 
 
 def parse(

@@ -15,7 +15,7 @@ from fastrl.folders import ADAPTER_CONFIG, adapter_base, is_adapter, read_json
 from fastrl.model_files import is_model_file
 from fastrl.run.checkpoint import checkpoints
 from fastrl.run.lock import move_lock
-from fastrl.run.record import RUN
+from fastrl.run.record import RUN, models_read
 from fastrl.run.resume import check_settings, newest_state
 
 LOG = "metrics.jsonl"  # every run has one, from the moment it takes the folder
@@ -44,7 +44,7 @@ def check_output(settings: Any) -> None:
             raise ValueError(
                 f"output: the run in it would be put aside in {_aside(output)}, which exists; move it away"
             )
-    for name, model in _models(settings):
+    for name, model in models_read(settings):
         for read in model_folders(model):
             for written, what in places.items():
                 if written == read or written in read.parents or read in written.parents:
@@ -96,15 +96,6 @@ def writing(output: str | Path) -> Iterator[None]:
             f"output: {output}: cannot be written: {text} ({shutil.disk_usage(_existing(output)).free >> 20} MiB free)"
             + (f"; the last checkpoint, {newest.parent}, is whole: go on with --resume true" if newest else "")
         ) from error
-
-
-def _models(settings: Any) -> Iterator[tuple[str, str]]:
-    """(option, folder or hub id) of each model that a run reads."""
-    for name in ("model", "reward_model"):
-        yield name, getattr(settings, name, "")
-    rewards = getattr(settings, "rewards", "")
-    for term in rewards.split(",") if isinstance(rewards, str) else rewards:  # WEIGHT*MODEL#CRITERION
-        yield "rewards", term.rpartition("*")[2].partition("#")[0].strip()
 
 
 def _is_put_aside(output: Path, resume: bool) -> bool:

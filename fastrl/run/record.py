@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write_begun(settings: Any, loop: str, *, steps: int, done: int, device: str)
         "steps": steps,
         "seconds": before.get("seconds", 0.0),
         "settings": plain(settings),
-        "reads": {name: begun for name, folder in read_folders(settings).items() if (begun := begun_at(folder))},
+        "reads": {model: begun for _, model in models_read(settings) if (begun := begun_at(model))},
         "device": device_name(device),
         "processes": world_size(),
         "versions": versions(),
@@ -55,13 +56,19 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def begun_at(folder: str | Path) -> str:
     """When the run in a folder was begun, which tells it from any other in the same place; "" if no run is known."""
-    return read_record(folder).get("begun", "")
+    return read_record(Path(folder).expanduser()).get("begun", "")
 
 
-def read_folders(settings: Any) -> dict[str, str]:
-    """The folders or hub ids of the models that a run starts from, by the names of their settings."""
-    named = {name: getattr(settings, name, "") for name in ("model", "reward_model")}
-    return {name: value for name, value in named.items() if isinstance(value, str) and value}
+def models_read(settings: Any) -> Iterator[tuple[str, str]]:
+    """(option, folder or hub id) of each model that a run reads."""
+    for name in ("model", "reward_model"):
+        if model := getattr(settings, name, ""):
+            yield name, model
+    rewards = getattr(settings, "rewards", "")
+    for term in rewards.split(",") if isinstance(rewards, str) else rewards:  # WEIGHT*MODEL#CRITERION
+        model = term.rpartition("*")[2].partition("#")[0].strip()
+        if model and ":" not in model:  # else a function of a Python module
+            yield "rewards", model
 
 
 def _write(output: Path, record: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -18,15 +18,14 @@ from torch import Tensor
 from fastrl.run import distributed
 from fastrl.run.checkpoint import last_checkpoint, save_checkpoint
 from fastrl.run.lock import release_lock, take_lock
+from fastrl.run.log import RunLog
 from fastrl.run.masters import trained
-from fastrl.run.metrics import MetricsLog, append_lines, keep_lines, peak_memory_gib
+from fastrl.run.metrics import peak_memory_gib
 from fastrl.run.optim import Learner, check_finite, optimizer_step
-from fastrl.run.output import SAMPLES, check_output, claim_output, writing
-from fastrl.run.record import write_begun, write_ended
-from fastrl.run.resume import load_state, newest_state, plain, save_state, step_seed
+from fastrl.run.output import check_output, claim_output, writing
+from fastrl.run.resume import load_state, newest_state, save_state, step_seed
 from fastrl.run.signals import Interrupted, StopSignals
-from fastrl.run.summary import save_report
-from fastrl.run.trackers import Trackers, check_trackers
+from fastrl.run.trackers import check_trackers
 
 T = TypeVar("T")
 
@@ -73,8 +72,7 @@ class Run:
         self._sink = sink
         self._stack = ExitStack()
         self._signals = StopSignals()
-        self._log: MetricsLog | None = None
-        self._trackers: Trackers | None = None
+        self._log: RunLog | None = None
         self._learners: Sequence[Learner] = ()
         self._own: Any = None
         self._save: Callable[[Path], object] = lambda folder: None
@@ -97,9 +95,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             distributed.announce(error)
-        with self._stack:
-            if self._log is not None:
-                self._end(error)
+        self._stack.__exit__(kind, error, trace)
 
     def claim(self) -> None:
         """Make the folder this run's, once nothing can be refused any more; see `claim_output`."""
@@ -122,7 +118,10 @@ class Run:
                 self.step = self.done = load_state(newest, self.settings, learners, own)
                 print(f"resume: going on after step {self.done} from {newest.parent}")
         if distributed.is_main():
-            self._begin_log()
+            log = RunLog(
+                self.settings, self.title, total=total, done=self.done, device=self.device, began=self._entered
+            )
+            self._log = self._stack.enter_context(log)
         self._signals.watch()
         self._stack.callback(self._signals.restore)
         self._reported = time.perf_counter()
@@ -186,18 +185,14 @@ class Run:
         metrics[f"time_{'step' if kind == 'train' else kind}_s"] = now - self._reported
         self._reported = now
         if self._log is not None:
-            with writing(self.output):
-                self._log.write(self.step, kind, **metrics)
-            if self._trackers:
-                self._trackers.log(self.step, kind, metrics)
+            self._log.write(self.step, kind, metrics)
             if self._sink:
                 self._sink(Record(self.title, self.step, self.total, kind, metrics))
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add answers to held-out prompts to samples.jsonl: {"prompt", "response", ...} of this step."""
         if self._log is not None:
-            with writing(self.output):
-                append_lines(self.output / SAMPLES, [{"step": self.step, **record} for record in records])
+            self._log.samples(self.step, records)
 
     def phase(self, name: str) -> None:
         """Show beside the progress bar what the run does now: "evaluate", "sample", ..."""
@@ -236,30 +231,6 @@ class Run:
                 return function()
 
         return distributed.on_main(guarded)
-
-    def _begin_log(self) -> None:
-        """metrics.jsonl, run.json and trackers; what an earlier run left of later steps goes."""
-        with writing(self.output):
-            self._log = MetricsLog(self.output, total=self.total, title=self.title, done=self.done)
-            self._stack.enter_context(self._log)
-            if (self.output / SAMPLES).exists():
-                keep_lines(self.output / SAMPLES, self.done or -1)
-            write_begun(self.settings, self.title, steps=self.total, done=self.done, device=self.device)
-        if self.settings.tracker:
-            self._trackers = Trackers(self.settings.tracker, self.output, plain(self.settings))
-            self._stack.callback(self._trackers.finish)
-
-    def _end(self, error: BaseException | None) -> None:
-        """Say how the run ended, in its folder; a run that failed because that cannot be written fails with its own
-        error.
-        """
-        with suppress(OSError) if error is not None else writing(self.output):
-            write_ended(self.output, seconds=time.perf_counter() - self._entered, error=error)
-        if error is None:
-            try:
-                save_report(self.output)
-            except Exception as failure:  # noqa: BLE001 the run is whole without its report
-                print(f"report.html is not written: {failure}; `fastrl report {self.output}` tries again")
 
     def _lock(self) -> None:
         check_output(self.settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,13 +71,26 @@ def state(run: RunFiles) -> str:
     return f"stopped ({run.record['why']})" if found == "stopped" and run.record.get("why") else found
 
 
+def evaluations(run: RunFiles) -> tuple[dict[str, float], dict[str, float]]:
+    """The numbers of the first and of the last evaluation, without step and times; {} where there was none."""
+    found = [numbers(record) for record in run.of_kind("eval")] or [{}]
+    first, last = (
+        {k: v for k, v in values.items() if k != "step" and not is_time(k)} for values in (found[0], found[-1])
+    )
+    return first, last
+
+
 def held_out(run: RunFiles) -> dict[str, tuple[float, float]]:
-    """{metric: (at the first evaluation, at the last)}."""
-    evaluations = run.of_kind("eval")
-    if not evaluations:
-        return {}
-    first, last = numbers(evaluations[0]), numbers(evaluations[-1])
-    return {name: (first[name], last[name]) for name in last if name in first and name != "step" and not is_time(name)}
+    """{metric: (at the first evaluation, at the last)}, without standard errors."""
+    first, last = evaluations(run)
+    return {name: (first[name], last[name]) for name in last if name in first and not is_error(name)}
+
+
+def shown(values: Mapping[str, float], name: str) -> str:
+    """A metric as text, with its standard error where the record has it: eval_accuracy_se/helpful and its like."""
+    metric, slash, criterion = name.partition("/")
+    error = values.get(f"{metric}_se{slash}{criterion}")
+    return number(values[name], name) + ("" if error is None else f" ± {number(error, name)}")
 
 
 def phases(run: RunFiles) -> dict[str, float]:
@@ -127,14 +140,10 @@ def is_time(name: str) -> bool:
 
 def highlights(run: RunFiles) -> list[str]:
     """Held-out loss, accuracy or score, from the first to the last evaluation."""
-    names = [name for name in ("eval_accuracy", "score", "eval_loss") if name in held_out(run)]
-    shown = {"score": "score of held-out answers"}
-    found = []
-    for name in names[:2]:
-        before, after = held_out(run)[name]
-        label = shown.get(name, "held-out " + name.removeprefix("eval_"))
-        found.append(f"{label} {number(before, name)} → {number(after, name)}")
-    return found
+    first, last = evaluations(run)
+    labels = {"eval_accuracy": "held-out accuracy", "score": "score of held-out answers", "eval_loss": "held-out loss"}
+    names = [name for name in labels if name in first and name in last]
+    return [f"{labels[name]} {shown(first, name)} → {shown(last, name)}" for name in names[:2]]
 
 
 def score_change(run: RunFiles) -> ScoreChange | None:
@@ -153,6 +162,11 @@ def score_change(run: RunFiles) -> ScoreChange | None:
     changes = [b - a for a, b in scores]
     risen = sum(change > 0 for change in changes) / len(changes)
     return ScoreChange(len(scores), _mean(before), _mean(after), _mean(changes), risen)
+
+
+def is_error(name: str) -> bool:
+    """Whether a metric is the standard error of another."""
+    return name.partition("/")[0].endswith("_se")
 
 
 def is_percent(metric: str) -> bool:

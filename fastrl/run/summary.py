@@ -17,8 +17,10 @@ from fastrl.run.runfiles import (
     Curves,
     RunFiles,
     duration,
+    evaluations,
     held_out,
     highlights,
+    is_error,
     is_percent,
     is_time,
     metric_curves,
@@ -27,6 +29,7 @@ from fastrl.run.runfiles import (
     phases,
     read_run,
     score_change,
+    shown,
     state,
 )
 
@@ -40,6 +43,11 @@ TITLES = {
     "reward": "Score minus KL penalty",
     "kl_k1": "KL to the reference, nats per answer",
     "response_tokens": "Tokens per answer",
+    "ece": "Expected calibration error",
+    "length_correlation": "Correlation of score and length",
+    "criteria_correlation": "Correlation of the criteria's scores",
+    "kl_coef": "Weight of the KL penalty",
+    "ptx_loss": "Loss on the data that is mixed in",
     "stopped": "Answers that end by themselves",
     "entropy": "Entropy, nats per token",
     "explained_variance": "Variance of returns that the critic explains",
@@ -93,6 +101,7 @@ def sections(run: RunFiles) -> list[tuple[str, list[Html]]]:
     found = [
         ("Held out", _held_out_table(run)),
         ("By criterion", criteria(run)),
+        ("Calibration", calibration(run)),
         ("Samples before and after", samples(run)),
         ("Curves", curves(run)),
         ("Time and memory", times(run)),
@@ -131,10 +140,24 @@ def samples(run: RunFiles) -> list[Html]:
         return [table(["prompt", "answer"], [[new.get("prompt", ""), _answer(new)] for new in last])]
     pairs = list(zip(first, last, strict=False))
     if all("rank" in new for new in last):
-        rows = [[new.get("prompt", ""), _ranked(new), _score(old), _score(new)] for old, new in pairs]
-        return [table(["prompt", "answer (rank)", "score before", "score after"], rows, numbers=(2, 3))]
+        ranked = [[new.get("prompt", ""), _ranked(new), _scores(old), _scores(new)] for old, new in pairs]
+        return [table(["prompt", "answer (rank)", "score before", "score after"], ranked, numbers=(2, 3))]
     answers = [[new.get("prompt", ""), _answer(old), _answer(new)] for old, new in pairs]
     return [paragraph("Not chosen: the first held-out prompts."), table(["prompt", "before", "after"], answers)]
+
+
+def calibration(run: RunFiles) -> list[Html]:
+    """The reliability curve of the last evaluation: the share of pairs in the right order by the model's confidence."""
+    bins = (run.of_kind("eval") or [{}])[-1].get("eval_reliability")
+    try:
+        points = sorted((float(confidence), float(share)) for confidence, share, _ in bins or ())
+    except (TypeError, ValueError):
+        return []
+    if not points:
+        return []
+    x, y = map(list, zip(*points, strict=True))
+    curves = {"calibrated": ([0.5, 1.0], [0.5, 1.0]), "this model": (x, y)}
+    return [line_chart("Pairs in the right order, by confidence", "confidence", curves, percent=True)]
 
 
 def curves(run: RunFiles) -> list[Html]:
@@ -145,7 +168,8 @@ def curves(run: RunFiles) -> list[Html]:
     for label, kind in (("training", "train"), ("held out", "eval")):
         for name, curve in metric_curves(run.of_kind(kind)).items():
             metric, slash, criterion = name.removeprefix("eval_").partition("/")
-            charts.setdefault(metric + slash, {})[criterion or label] = curve
+            line = f"{criterion}, {label}" if slash else label
+            charts.setdefault(metric + slash, {})[line] = curve
     drawn = {metric: _chart(metric, "step", charts[metric]) for metric in _ordered(charts)}
     telling = [chart for metric, chart in drawn.items() if metric.rstrip("/") in TITLES]
     others = [chart for metric, chart in drawn.items() if metric.rstrip("/") not in TITLES]
@@ -172,8 +196,8 @@ def title(metric: str) -> str:
 
 
 def _held_out_table(run: RunFiles) -> list[Html]:
-    values = held_out(run)
-    rows = [[name, number(a, name), number(b, name)] for name, (a, b) in values.items() if name not in SPEED]
+    first, last = evaluations(run)
+    rows = [[name, shown(first, name), shown(last, name)] for name in held_out(run) if name not in SPEED]
     return [table(["metric", "first evaluation", "last"], rows, numbers=(1, 2))] if rows else []
 
 
@@ -185,7 +209,7 @@ def _chart(metric: str, xlabel: str, found: Curves) -> Html:
 
 def _ordered(metrics: Iterable[str]) -> list[str]:
     """Metrics without speed and times, the telling ones first."""
-    kept = [m for m in metrics if m not in SPEED and not is_time(m)]
+    kept = [m for m in metrics if m not in SPEED and not is_time(m) and not is_error(m)]
     order = {name: place for place, name in enumerate((*FIRST, *TITLES))}
     return sorted(kept, key=lambda metric: order.get(metric.rstrip("/"), len(order)))
 
@@ -193,7 +217,8 @@ def _ordered(metrics: Iterable[str]) -> list[str]:
 def _not_numbers(run: RunFiles) -> list[Html]:
     """What the last evaluation says in lists and texts."""
     last = (run.of_kind("eval") or [{}])[-1]
-    others = {name: value for name, value in last.items() if name != "kind" and name not in numbers(last) and value}
+    known = {"kind", *numbers(last), *(["eval_reliability"] if calibration(run) else [])}
+    others = {name: value for name, value in last.items() if name not in known and value}
     lines = [f"{name}: {json.dumps(value)}" for name, value in others.items() if name != "step"]
     return [preformatted("\n".join(line[:2000] for line in lines))] if lines else []
 
@@ -221,9 +246,10 @@ def _before_and_after(runs: Sequence[RunFiles]) -> Html:
     """The held-out metrics that say whether a stage did what it is for, and the scores of its samples."""
     rows: list[list[str]] = []
     for run in runs:
-        for name, (before, after) in held_out(run).items():
+        first, last = evaluations(run)
+        for name in held_out(run):
             if title(name.partition("/")[0]) != name.partition("/")[0]:
-                rows.append([run.name, name.removeprefix("eval_"), number(before, name), number(after, name)])
+                rows.append([run.name, name.removeprefix("eval_"), shown(first, name), shown(last, name)])
         if change := score_change(run):
             label = f"score of {change.answers} answers to the same prompts, ± its standard error"
             rows.append([run.name, label, change.text(change.before), change.text(change.after)])
@@ -274,18 +300,21 @@ def _last(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return numbers(records[-1]) if records else {}
 
 
-def _answer(record: dict[str, Any]) -> Html | str:
-    score = f"\n(score {_score(record)})" if "score" in record else ""
-    return f"{record.get('response', '')}{score}"
+def _answer(record: dict[str, Any]) -> str:
+    scores = _scores(record)
+    return str(record.get("response", "")) + (f"\n(score {scores})" if scores else "")
 
 
 def _ranked(record: dict[str, Any]) -> str:
     return f"{record.get('response', '')}\n(rank {record['rank']})"
 
 
-def _score(record: dict[str, Any]) -> str:
-    score = record.get("score")
-    return f"{score:.2f}" if isinstance(score, (int, float)) else str(score or "")
+def _scores(record: dict[str, Any]) -> str:
+    """The score, or one for each criterion in a line of its own."""
+    scores = {name: value for name, value in numbers(record).items() if name not in ("step", "rank")}
+    if list(scores) == ["score"]:
+        return f"{scores['score']:.2f}"
+    return "\n".join(f"{name} {score:.2f}" for name, score in scores.items())
 
 
 def _value(value: Any) -> str:

@@ -21,9 +21,11 @@ def sft_loss(policy: nn.Module, batch: SFTBatch, *, denominator: int) -> Tensor:
     return cast(Tensor, _forward(policy, batch, denominator=denominator))
 
 
-def sft_logprobs(policy: nn.Module, batch: SFTBatch) -> Tensor:
-    """(B, T-1) log-probability of each next token, 0 where it is not supervised."""
-    return cast(Tensor, _forward(policy, batch))
+def sft_logprobs(policy: nn.Module, batch: SFTBatch, *, return_top1: bool = False) -> Any:
+    """(B, T-1) log-probability of each next token, 0 where it is not supervised; with `return_top1` also whether it is
+    supervised and the likeliest.
+    """
+    return _forward(policy, batch, return_top1=return_top1)
 
 
 def _forward(policy: nn.Module, batch: SFTBatch, **options: Any) -> Any:

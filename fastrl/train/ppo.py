@@ -28,7 +28,7 @@ from fastrl.models.stopping import find_stop_token_ids
 from fastrl.rollout import Trajectory, decode_responses, rollout
 from fastrl.run.config import checked, option
 from fastrl.run.distributed import share
-from fastrl.run.metrics import PhaseTimer, append_lines, keep_lines
+from fastrl.run.metrics import PhaseTimer, keep_lines
 from fastrl.run.optim import SCHEDULES
 from fastrl.run.output import SAMPLES
 from fastrl.run.resume import step_seed
@@ -43,9 +43,9 @@ from fastrl.train.ppo_settings import (
     RewardSettings,
     ScoreSettings,
     UpdateSettings,
-    without_contradictions,
+    check_contradictions,
 )
-from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, see_scores, summarise, unended
+from fastrl.train.ppo_state import PPOState, adapt, compute_advantages, kl_coef, see_scores, summarise, unended
 from fastrl.train.ppo_update import make_learners, update
 from fastrl.train.ptx import load_ptx, ptx_batches
 from fastrl.train.roles import Roles, load_roles, save_merged_bases, score_trajectory, tune_roles, with_rewards
@@ -77,6 +77,10 @@ class PPOConfig(
     batch_size: int = option(64, "responses sampled per iteration; also the most held-out prompts", at_least=1)
     eval_every: int = option(20, "iterations between evaluations and checkpoints; 0: at start and end only", at_least=0)
     keep_best: bool = option(False, "also keep the policy of the best held-out score, in output/best")
+
+    def check(self) -> None:
+        """Called by `checked`."""
+        check_contradictions(self)
 
 
 def read_prompts(cfg: PPOConfig, roles: Roles, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -145,11 +149,8 @@ def evaluate(
         metrics |= {"best_score": state.best_score, "best_step": state.best_step}
     run.report(metrics, "eval")
     texts, scores = decode_responses(tokenizer, trajectory), scored.scores.tolist()
-    samples = [
-        {"step": run.step, "prompt": prompt.text, "response": text, "score": score}
-        for prompt, text, score in zip(prompts, texts, scores, strict=True)
-    ]
-    run.write(lambda: append_lines(Path(cfg.output) / SAMPLES, samples))
+    rows = zip(prompts, texts, scores, strict=True)
+    run.samples([{"prompt": prompt.text, "response": text, "score": score} for prompt, text, score in rows])
     return metrics, texts
 
 
@@ -160,7 +161,7 @@ def main(cfg: PPOConfig, sink: Sink | None = None) -> dict[str, Any]:
         ValueError: a setting, a model, its tokenizer or the data do not fit.
         NonFiniteError: a loss or gradient became NaN; the last checkpoint is left in place.
     """
-    cfg = without_contradictions(checked(cfg))
+    cfg = checked(cfg)
     with Run(cfg, "ppo", sink) as run:
         return train(cfg, run)
 
@@ -186,7 +187,7 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         save_model(roles.policy.model, tokenizer, folder)
         save_model(roles.critic.model, tokenizer, folder / "critic")
 
-    state = PPOState(cfg.kl_coef)
+    state = PPOState()
     run.begin(cfg.iterations, learners, save, state)
     order = islice(shuffled_indices(len(prompts), seed=cfg.seed), run.done * cfg.batch_size, None)
     mixed = ptx_batches(others, cfg, run.done)
@@ -218,8 +219,8 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
         experience = make_experience(trajectory, scored, shaped)
         lr = learners[0].learning_rate
         with timer.phase("update"):
-            ptx, pad_id = next(mixed, []), tokenizer.pad_token_id
-            updated = update(run, roles, learners, experience, cfg, kl_coef=state.kl_coef, ptx=ptx, pad_id=pad_id)
+            ptx, pad_id, coef = next(mixed, []), tokenizer.pad_token_id, kl_coef(cfg, state)
+            updated = update(run, roles, learners, experience, cfg, kl_coef=coef, ptx=ptx, pad_id=pad_id)
         for learner in learners:
             learner.schedule.step()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
+from fastrl.data.templates import TEMPLATES
 from fastrl.models.tuners import tuner_name
 from fastrl.rlhf.kl import LOSS_ESTIMATORS
 from fastrl.rlhf.rewards import FORMS, parse_rewards, parse_weights
 from fastrl.run.config import option
-
-Config = TypeVar("Config", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +93,7 @@ class PTXSettings:
 
     ptx_data: list[str] | str = option("", "SFT data whose loss is added in every step; as data of fastrl sft")
     ptx_columns: dict[str, str] | str = option("", "names of its columns, as prompt=question,completion=answer")
+    ptx_template: str = option("auto", "auto (that of data), chat, alpaca, or none for plain texts", choices=TEMPLATES)
     ptx_coef: float = option(1.0, "weight of its loss per token (InstructGPT: 27.8)", above=0)
     ptx_batch_size: int = option(16, "examples of it per optimizer step", at_least=1)
     ptx_max_length: int = option(512, "longest prompt + response of it in tokens", at_least=2)
@@ -102,12 +102,12 @@ class PTXSettings:
 NEEDS = {
     "kl_horizon": "kl_target",
     "length_free": "length_penalty",
-    **{name: "ptx_data" for name in ("ptx_columns", "ptx_coef", "ptx_batch_size", "ptx_max_length")},
+    **{name: "ptx_data" for name in ("ptx_columns", "ptx_template", "ptx_coef", "ptx_batch_size", "ptx_max_length")},
 }
 
 
-def without_contradictions(cfg: Config) -> Config:
-    """The settings of PPO; call it before anything is loaded.
+def check_contradictions(cfg: Any) -> None:
+    """Refuse settings of PPO that do not fit each other.
 
     Raises:
         ValueError: an option is set that others leave without effect, or rewards are written in another form.
@@ -131,7 +131,6 @@ def without_contradictions(cfg: Config) -> Config:
         _refuse("kl_horizon", f"at least batch_size {cfg.batch_size}", str(cfg.kl_horizon))
     if cfg.length_penalty and cfg.length_free >= cfg.max_new_tokens:
         _refuse("length_free", f"less than max_new_tokens {cfg.max_new_tokens}", f"{cfg.length_free}: no penalty")
-    return cfg
 
 
 def _refuse(name: str, expected: str, got: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrl.ops import Advantages, AdvantageStats, ppo_advantages
-from fastrl.rlhf.kl import adapted_coef
+from fastrl.rlhf.kl import adapted
 from fastrl.rlhf.shaping import add_scores, no_scores, shape_scores
 from fastrl.rollout import Trajectory
 from fastrl.train.experience import ScoredTrajectory
@@ -19,7 +19,7 @@ from fastrl.train.experience import ScoredTrajectory
 class PPOState:
     """Numbers and tensors alone: checkpoints keep it."""
 
-    kl_coef: float
+    kl_scale: float = 1.0  # what kl_target has made of kl_coef so far
     scores: Tensor = field(default_factory=no_scores)  # moments of all scores of the run
     best_score: float = -math.inf  # of the evaluations so far
     best_step: int = 0
@@ -45,7 +45,7 @@ def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: Any, state: 
         scored.values,
         scores,
         mask,
-        kl_coef=state.kl_coef if cfg.kl_in == "reward" else 0.0,
+        kl_coef=kl_coef(cfg, state) if cfg.kl_in == "reward" else 0.0,
         kl_estimator=cfg.kl_estimator,
         kl_clip=cfg.kl_clip,
         score_clip=cfg.score_clip,
@@ -56,6 +56,11 @@ def compute_advantages(scored: ScoredTrajectory, mask: Tensor, cfg: Any, state: 
     )
 
 
+def kl_coef(cfg: Any, state: PPOState) -> float:
+    """The weight of the KL in this iteration; a run that goes on with another `kl_coef` scales that."""
+    return cfg.kl_coef * state.kl_scale
+
+
 def see_scores(state: PPOState, scores: Tensor, cfg: Any) -> None:
     """The iteration's scores are among those that `score_norm` normalises by."""
     if cfg.score_norm:
@@ -63,11 +68,11 @@ def see_scores(state: PPOState, scores: Tensor, cfg: Any) -> None:
 
 
 def adapt(state: PPOState, stats: AdvantageStats, cfg: Any) -> dict[str, float]:
-    """The next iteration's `kl_coef`, from the KL that this one reports; with `kl_target`, its own as a metric."""
+    """With `kl_target`, the next iteration's coefficient from the KL that this one reports; its own as a metric."""
     if cfg.kl_target is None:
         return {}
-    used, kl = state.kl_coef, float(stats.kl_sum_mean)
-    state.kl_coef = adapted_coef(used, kl, target=cfg.kl_target, horizon=cfg.kl_horizon, samples=cfg.batch_size)
+    used, kl = kl_coef(cfg, state), float(stats.kl_sum_mean)
+    state.kl_scale = adapted(state.kl_scale, kl, target=cfg.kl_target, horizon=cfg.kl_horizon, samples=cfg.batch_size)
     return {"kl_coef": used}
 
 

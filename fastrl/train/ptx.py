@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrl.data import Example, load_examples
 from fastrl.data.batches import sft_batch, supervised_tokens
+from fastrl.data.templates import without_record
 from fastrl.models import Policy, check_context
 from fastrl.run.distributed import share
 from fastrl.train.epochs import accumulate
@@ -22,12 +23,13 @@ def load_ptx(cfg: Any, policy: Policy, tokenizer: Any) -> list[Example]:
     """The examples of `cfg.ptx_data`, none if that is empty. What was loaded is printed."""
     if not cfg.ptx_data:
         return []
-    check_context(policy.model, cfg.ptx_max_length, "ptx_max_length")
+    check_context(policy.model, cfg.ptx_max_length, "ptx_max_length", cfg)
+    as_trained = cfg.ptx_template == "auto"
     examples, report = load_examples(
         cfg.ptx_data,
-        tokenizer,
+        tokenizer if as_trained else without_record(tokenizer),
         max_length=cfg.ptx_max_length,
-        template=cfg.template,
+        template=cfg.template if as_trained else cfg.ptx_template,
         columns=cfg.ptx_columns,
         max_bad_records=cfg.max_bad_records,
     )

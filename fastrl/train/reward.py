@@ -163,10 +163,11 @@ def train(cfg: RewardConfig, run: Run) -> dict[str, Any]:
     criteria = [p.criterion for p in items]
 
     # 2 model, its score head drawn or its own
-    model: Any = start_scalar_model(
-        cfg.model, several_criteria(criteria, [p.criterion for p in held_out]), dtype=cfg.dtype, device=run.device
-    )
+    several = several_criteria(criteria, [p.criterion for p in held_out])
+    model: Any = start_scalar_model(cfg.model, several, dtype=cfg.dtype, device=run.device)
     names = score_head(model).names
+    if several and len(names) == 1:
+        print(f"{cfg.model} has one score, which the comparisons of all criteria train: {', '.join(several)}")
     check_trained(names, criteria)
     pad_apart(tokenizer, cfg.template)
     set_pad_token(model, tokenizer)

@@ -2,7 +2,7 @@
 
 How they are written is in `fastrl/rlhf/rewards.py`. Models score on every rank its share of the responses. Functions
 run on rank 0 alone, on all responses at once, and the others are told what came out: a function that draws, or asks a
-service, cannot make the ranks differ.
+service, cannot make the ranks differ. They wait for a call as long as torch lets them: ten minutes with NCCL.
 """
 
 from __future__ import annotations

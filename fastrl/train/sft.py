@@ -60,16 +60,18 @@ def evaluate(
     packing: str = "none",
     max_length: int = 0,
 ) -> dict[str, float]:
-    """Loss per supervised token and perplexity = exp(loss), without dropout; rows as `arrange` makes them."""
+    """Loss per supervised token, perplexity = exp(loss), and the share of supervised tokens that are the likeliest, as
+    in greedy decoding; without dropout. Rows are as `arrange` makes them.
+    """
     model.eval()
     rows, size = arrange(share(examples), packing, max_length=max_length, size=micro_batch_size)
-    total = 0.0
+    totals = torch.zeros(2, dtype=torch.float64)
     for micro in chunks(rows, size):
         batch = packed_batch(micro, pad_id, model.device)
-        total -= sft_logprobs(model, batch).sum(dtype=torch.float64).item()
-    total = sum_over_ranks(torch.tensor(total, dtype=torch.float64)).item()
-    loss = total / max(1, supervised_tokens(examples))
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        logprobs, top1 = sft_logprobs(model, batch, return_top1=True)
+        totals += torch.stack([-logprobs.sum(dtype=torch.float64), top1.sum()]).cpu()
+    loss, accuracy = (sum_over_ranks(totals) / max(1, supervised_tokens(examples))).tolist()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_token_accuracy": accuracy}
 
 
 def sample_answers(

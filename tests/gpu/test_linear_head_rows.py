@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpus import HAS_GPU
-from oracle import DTYPES, assert_as_accurate
+from oracle import DTYPES, arg_max_cases, assert_as_accurate
 
 from fastrl.ops.linear_head_gpu import gradient_kernel, row_kernel
 from fastrl.reference.token_logprobs import token_logprobs as reference
@@ -27,16 +27,19 @@ def case(rows, vocab, device, scale=3.0):
 
 
 def run(backend, logits, ids, dtype=torch.float32, mask=None, temperature=1.0, softcap=0.0, with_entropy=True):
-    """logprobs, row_stats, entropy, d logprob / d logit, d entropy / d logit."""
+    """logprobs, row_stats, entropy, d logprob / d logit, d entropy / d logit; top1 must be torch's."""
     rows, vocab = logits.shape
     logprobs, entropy = torch.full((2, rows), NAN, device=logits.device)
     row_stats = torch.full((rows, 2), NAN, device=logits.device)
     out = logits if dtype is None else workspace(rows, vocab, logits.device, dtype)
     entropy_out = workspace(rows, vocab, logits.device, out.dtype) if with_entropy else None
+    inside = (ids >= 0) & (ids < vocab) if mask is None else mask
+    top1, expected = ~inside, inside & (logits.argmax(-1) == ids)  # before `out` takes the place of the logits
     row_kernel(
         backend, logits, ids, mask, temperature, softcap, logprobs, row_stats, entropy if with_entropy else None,
-        out, entropy_out,
+        top1, out, entropy_out,
     )  # fmt: skip
+    assert torch.equal(top1, expected)
     return logprobs, row_stats, entropy, out, entropy_out
 
 
@@ -119,6 +122,16 @@ def test_softcap(gpu_backend, offer, device):
 
 
 @each_way
+def test_top1_of_equals(gpu_backend, offer, device):
+    """In the target's tile and in others, before it and behind it; NaN and nothing but -inf, too; `run` compares."""
+    logits, ids = (tensor.to(device) for tensor in arg_max_cases(1103, torch.float32))
+    logits, ids = logits[::5], ids[::5].contiguous()  # of each kind of row another of its tokens
+    rows = workspace(11, 1103, device)
+    rows.copy_(logits)
+    run(gpu_backend, rows, ids, torch.float16, with_entropy=False)
+
+
+@each_way
 def test_in_place(gpu_backend, offer, device):
     """The direction may take the place of the logits; what pads a row stays."""
     logits, ids = case(3, 2050, device)
@@ -146,7 +159,7 @@ def test_bits_do_not_depend_on_the_way(gpu_backend, device, vocab, request):
         for a, b in zip(other, results[0], strict=True):
             assert torch.equal(a, b)
     logprobs, entropy = torch.empty(2, 2)
-    row_kernel(gpu_backend, logits, ids, None, 1.0, 0.0, logprobs, None, entropy, None, None)
+    row_kernel(gpu_backend, logits, ids, None, 1.0, 0.0, logprobs, None, entropy, None, None, None)
     assert torch.equal(logprobs, results[0][0]) and torch.equal(entropy, results[0][2])
 
 

@@ -8,7 +8,18 @@ import pytest
 import torch
 from gpu.waits import Waits
 from gpus import HAS_GPU
-from heads import PARAMETERS, SCALING, assert_matches_float64, head_case, lora_of, on, results, small_chunks
+from heads import (
+    PARAMETERS,
+    SCALING,
+    arg_max_head,
+    assert_matches_float64,
+    head_case,
+    lora_of,
+    on,
+    results,
+    small_chunks,
+    top1_of,
+)
 from oracle import DTYPES, assert_as_accurate, strided_variants
 from torch.utils.checkpoint import checkpoint
 
@@ -329,6 +340,21 @@ def test_autocast_and_checkpoint(gpu_backend, device):
     plain = torch.autograd.grad(run(*leaves).sum(), leaves)
     recomputed = torch.autograd.grad(checkpoint(run, *leaves, use_reentrant=False).sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "head, captured, trained", [("plain", True, ()), ("bias and lora", False, ("hidden",))], ids=str
+)
+def test_top1_is_torchs_arg_max(gpu_backend, device, monkeypatch, head, captured, trained):
+    """T6, T34, T35: equals, bans, NaN, adapters; chunks of rows, without and with directions; masked rows."""
+    small_chunks(monkeypatch, rows=4, columns=256)
+    monkeypatch.setattr(linear_head_gpu, "capturing", lambda tensor: captured)
+    case, expected = arg_max_head(DTYPES[-1], rows=6, **HEADS[head])
+    case, expected = on(case, device), expected.to(device)
+    mask = torch.arange(6, device=device) != 4
+    case.hidden[~mask], case.token_ids[~mask] = torch.nan, -100
+    found = top1_of(case, trained, mask=mask, softcap=2.0, backend=gpu_backend)
+    assert torch.equal(found, expected & mask) and found.any()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 from gpus import HAS_GPU
-from oracle import DTYPES, assert_as_accurate
+from oracle import DTYPES, arg_max_cases, assert_as_accurate
 
 from fastrl.kernels import token_logprobs as kernels
 from fastrl.ops import backend, native, token_logprobs
@@ -125,6 +125,30 @@ def test_rows_without_a_distribution(gpu_backend, device, dtype):
     assert logprobs[0] == -torch.inf and entropy[0] == 0 and (dlogits[0] == 0).all()
     assert logprobs[1:4].isnan().all() and entropy[1:4].isnan().all() and dlogits[1:4].isnan().all()
     assert logprobs[4] == 0 and entropy[4] == 0 and (dlogits[4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top1_is_torchs_arg_max(gpu_backend, device, dtype):
+    """T4, T6, T35: whatever the logits hold, a ragged tile; scale, softcap and temperature keep the order."""
+    logits, ids = (tensor[::5].to(device) for tensor in arg_max_cases(601, dtype))  # a kind of row, one of its tokens
+    options = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.5, "backend": gpu_backend}
+    assert torch.equal(token_logprobs(logits, ids, return_top1=True, **options)[1], logits.argmax(-1) == ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top1_of_many_pieces(gpu_backend, device, dtype):
+    """Equals in other pieces than the target's, before it and behind it; masked rows and ids outside are no arg max."""
+    logits = torch.zeros(6, 17001, dtype=dtype, device=device)
+    logits[:, [300, 9000, 16999]] = 2.0
+    logits[5] = torch.nan
+    ids = torch.tensor([300, 9000, 16999, -1, 17001, 300], device=device)
+    mask = torch.tensor([True] * 5 + [False], device=device)
+    options = {"mask": mask, "return_entropy": True, "backend": gpu_backend}
+    *results, top1 = token_logprobs(logits, ids, return_top1=True, **options)
+    assert top1.tolist() == [True, False, False, False, False, False]
+    for with_top1, without in zip(results, token_logprobs(logits, ids, **options), strict=True):
+        assert with_top1[3:5].isnan().all()
+        torch.testing.assert_close(with_top1, without, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [-3e38, -1e4, 1e4])
@@ -247,14 +271,17 @@ def test_split_rows_have_the_bits_of_whole_ones(request, monkeypatch, dtype):
     logits, ids, _ = case(2, 33000, dtype, "cpu")
     assert host_cuda_kernels.token_logprobs_workspace(2, 33000, native.DTYPE_CODES[dtype]) > 0
     assert host_cuda_kernels.token_logprobs_workspace(1024, 33000, native.DTYPE_CODES[dtype]) == 0
-    split = token_logprobs(logits, ids, return_entropy=True, backend="cuda")
+    ids[0] = logits[0].argmax()
+    options = {"return_entropy": True, "return_top1": True, "backend": "cuda"}
+    split = token_logprobs(logits, ids, **options)
+    assert split[2].tolist() == [True, False]
 
     class NeverSplit:
         token_logprobs_workspace = staticmethod(lambda *args: 0)
         token_logprobs_fwd = staticmethod(host_cuda_kernels.token_logprobs_fwd)
 
     monkeypatch.setattr(native, "cuda", NeverSplit)
-    whole = token_logprobs(logits, ids, return_entropy=True, backend="cuda")
+    whole = token_logprobs(logits, ids, **options)
     for a, b in zip(split, whole, strict=True):
         assert torch.equal(a, b)
 
@@ -283,7 +310,7 @@ def test_gradient_in_place(gpu_backend, device):
     mask = torch.tensor([True, False, True], device=device)
     logprobs, entropy = torch.empty(2, 3, device=device)
     row_stats = torch.empty(3, 2, device=device)
-    _forward(gpu_backend, logits, ids, mask, 0.8, 0.0, logprobs, row_stats, entropy)
+    _forward(gpu_backend, logits, ids, mask, 0.8, 0.0, logprobs, row_stats, entropy, None)
     upstream = (0.8, 0.0, row_stats, logprobs, entropy, dlogprobs, dlogprobs)
     apart = torch.empty_like(values)
     _backward(gpu_backend, logits, ids, mask, *upstream, apart)

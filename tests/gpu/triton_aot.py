@@ -95,14 +95,14 @@ def run_other_options() -> None:
     """What `calls` leaves out: flags of the kernels that its arguments do not reach."""
     ids, mask, row = torch.zeros(6, dtype=torch.long), torch.ones(2, 300, dtype=torch.bool), torch.randn(2, 300)
     weight = torch.randn(5000, 64, dtype=torch.bfloat16)
-    for softcap, entropy in itertools.product((None, 30.0), (False, True)):
-        options = {"softcap": softcap, "return_entropy": entropy, "backend": "triton"}
+    for softcap, asked in itertools.product((None, 30.0), ({}, {"return_entropy": True}, {"return_top1": True})):
+        options = {"softcap": softcap, **asked, "backend": "triton"}
         hidden = torch.randn(6, 64, dtype=torch.bfloat16, requires_grad=True)
         heads = [
             ops.linear_logprobs(hidden, weight, ids, **options),
             ops.token_logprobs(hidden @ weight.T, ids, **options),
         ]
-        torch.autograd.backward([part.sum() for part in flatten(heads)])
+        torch.autograd.backward([part.sum() for part in flatten(heads) if part.requires_grad])
     ops.gae(row, row, backend="triton")
     for estimator, whiten in itertools.product(("k1", "k2", "k3"), (False, True)):
         options = {"kl_estimator": estimator, "center": whiten, "scale": whiten, "backend": "triton"}

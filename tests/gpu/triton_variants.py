@@ -43,9 +43,10 @@ def logprobs() -> None:
     for vocab, temperature in itertools.product(VOCABULARIES, TEMPERATURES):
         for batch, tokens in ((1, 1), (2, 7), (4, 16)):
             ids, options = torch.zeros(batch, tokens, dtype=torch.long), {"temperature": temperature}
-            options |= {"return_entropy": True, "backend": "triton"}
+            options |= {"return_entropy": True, "return_top1": True, "backend": "triton"}
             logits = torch.empty(batch, tokens, vocab, dtype=torch.bfloat16, requires_grad=True)
-            sum(ops.token_logprobs(logits, ids, **options)).sum().backward()
+            logprobs, entropy, _ = ops.token_logprobs(logits, ids, **options)
+            (logprobs + entropy).sum().backward()
 
 
 def rows() -> None:

@@ -194,7 +194,7 @@ def test_opcheck():
     case = head_case(rows=4, vocab=11, bias=True, lora=True)
     head = (case.hidden, case.weight, case.token_ids, None, case.bias, case.lora_a, case.lora_b, 0.5, 1.0, 0.0)
     gradients = (torch.empty(11, 37), torch.empty(11), torch.empty(11, 4))
-    outputs = (torch.empty(4), torch.empty(4, 2), None, torch.empty(4, 41), None)
+    outputs = (torch.empty(4), torch.empty(4, 2), None, None, torch.empty(4, 41), None)
     arguments = ("cpu", *head, *outputs, torch.tensor(-0.25), *gradients)
     torch.library.opcheck(torch.ops.fastrl.linear_head_fwd.default, arguments)
 

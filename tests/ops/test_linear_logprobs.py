@@ -1,6 +1,15 @@
 import pytest
 import torch
-from heads import PARAMETERS, assert_matches_float64, head_case, lora_of, results, small_blocks
+from heads import (
+    PARAMETERS,
+    arg_max_head,
+    assert_matches_float64,
+    head_case,
+    lora_of,
+    results,
+    small_blocks,
+    top1_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, strided_variants
@@ -334,11 +343,11 @@ def test_compiles_without_graph_breaks():
     mask = torch.arange(23) % 3 != 1
 
     def loss(hidden, weight, bias, lora_a, lora_b):
-        logprobs, entropy = linear_logprobs(
+        logprobs, entropy, top1 = linear_logprobs(
             hidden, weight, case.token_ids, bias=bias, lora=(lora_a, lora_b, 0.5), mask=mask, temperature=0.9,
-            logit_scale=0.5, softcap=4.0, return_entropy=True, backend=NATIVE,
+            logit_scale=0.5, softcap=4.0, return_entropy=True, return_top1=True, backend=NATIVE,
         )  # fmt: skip
-        return (logprobs * 2 + entropy).sum()
+        return torch.where(top1, 3.0, 2.0).mul(logprobs).add(entropy).sum()
 
     eager = [tensor.clone().requires_grad_() for tensor in case[:5]]
     compiled = [tensor.clone().requires_grad_() for tensor in case[:5]]
@@ -353,12 +362,13 @@ def test_opcheck():
     case = head_case(rows=4, vocab=11, bias=True, lora=True)
     head = (case.hidden, case.weight, case.token_ids, None, case.bias, case.lora_a, case.lora_b, 0.5, 1.0, 0.0)
     logprobs, stats, entropy, directions = torch.empty(4), torch.empty(4, 2), torch.empty(4), torch.empty(2, 4, 41)
-    outputs = (logprobs, stats, entropy, directions[0].clone(), directions[1].clone())
+    top1 = torch.empty(4, dtype=torch.bool)
+    outputs = (logprobs, stats, entropy, top1, directions[0].clone(), directions[1].clone())
     torch.library.opcheck(torch.ops.fastrl.linear_head_fwd.default, ("cpu", *head, *outputs, *[None] * 4))
     results = (stats, logprobs, entropy, case.upstream[0], case.upstream[1].clone())
     gradients = (torch.empty(11, 37), torch.empty(11), torch.empty(11, 4))
     torch.library.opcheck(torch.ops.fastrl.linear_head_bwd_weights.default, ("cpu", *head, *results, *gradients))
-    scaled = (*outputs[3:], None, case.upstream[0], case.upstream[1].clone(), torch.empty(4, 41))
+    scaled = (*outputs[4:], None, case.upstream[0], case.upstream[1].clone(), torch.empty(4, 41))
     torch.library.opcheck(torch.ops.fastrl.linear_head_bwd_hidden.default, ("cpu", *scaled))
 
 
@@ -417,3 +427,45 @@ def test_properties(rows, vocab, temperature, seed):
     for name, value in plain.items():
         torch.testing.assert_close(shifted[name], value, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mixed[name], value if name == "weight" else value[order], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", ["one block", "small blocks"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top1_is_torchs_arg_max(dtype, head, blocks, monkeypatch):
+    """T6, T34, T35: equals in and across blocks, bans, NaN, adapters; scale, cap and temperature keep the order."""
+    if blocks == "small blocks":
+        small_blocks(monkeypatch)
+    case, expected = arg_max_head(dtype, **HEADS[head])
+    assert 0 < expected.sum() < 24
+    for backend in ("reference", NATIVE):
+        for options in ({}, {"temperature": 0.7, "softcap": 2.0, "logit_scale": 4.0}):
+            assert torch.equal(top1_of(case, backend=backend, **options), expected)
+    for trained in (("hidden",), ("hidden", "weight")):
+        assert torch.equal(top1_of(case, trained, backend=NATIVE), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_top1_is_false_where_the_mask_drops(backend, monkeypatch):
+    """T8, T20: NaN and id -100 there; a vocabulary of one block and a column, and none kept."""
+    small_blocks(monkeypatch)
+    case, expected = arg_max_head(vocab=65)
+    mask = torch.arange(24) % 4 != 1
+    case.hidden[~mask], case.token_ids[~mask] = torch.nan, -100
+    assert torch.equal(top1_of(case, mask=mask, backend=backend), expected & mask)
+    assert not top1_of(case, mask=torch.zeros_like(mask), backend=backend).any()
+
+
+def test_top1_changes_nothing_else():
+    """The same bits of log-probs, entropies and gradients as without it."""
+    case = head_case(rows=600, vocab=700, bias=True, lora=True)
+    want = results(case, backend=NATIVE)
+    leaves = [tensor.clone().requires_grad_() for tensor in case[:5]]
+    hidden, weight, bias, *adapter = leaves
+    logprobs, entropy, top1 = linear_logprobs(
+        hidden, weight, case.token_ids, bias=bias, lora=(*adapter, 0.5), return_entropy=True, return_top1=True,
+        backend=NATIVE,
+    )  # fmt: skip
+    gradients = torch.autograd.grad((logprobs, entropy), leaves, tuple(case.upstream))
+    found = {"logprobs": logprobs, "entropy": entropy, **dict(zip(PARAMETERS, gradients, strict=True))}
+    assert top1.sum() < 600 and all(torch.equal(found[name], want[name]) for name in want)

@@ -12,8 +12,10 @@ WEIGHT, ADAPTER = torch.zeros(4, 3), (torch.zeros(1, 3), torch.zeros(4, 1))
 HEAD = ("temperature", "logit_scale", "softcap")
 
 CALLS = {
-    "token_logprobs": (lambda **o: ops.token_logprobs(X, IDS, **o), HEAD, ("return_entropy",)),
-    "linear_logprobs": (lambda **o: ops.linear_logprobs(X, WEIGHT, IDS, **o), HEAD, ("return_entropy",)),
+    "token_logprobs": (lambda **o: ops.token_logprobs(X, IDS, **o), HEAD, ("return_entropy", "return_top1")),
+    "linear_logprobs": (
+        lambda **o: ops.linear_logprobs(X, WEIGHT, IDS, **o), HEAD, ("return_entropy", "return_top1"),
+    ),
     "linear_cross_entropy": (lambda **o: ops.linear_cross_entropy(X, WEIGHT, IDS, **o), (*HEAD, "denominator"), ()),
     "lora_linear": (
         lambda scaling=1.0, **o: ops.lora_linear(X, WEIGHT, *ADAPTER, scaling, **o), ("scaling", "dropout"), (),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_as_accurate, strided_variants
+from oracle import DTYPES, arg_max_cases, assert_as_accurate, strided_variants
 
 from fastrl.ops import token_logprobs
 
@@ -224,13 +224,15 @@ def test_compiles_without_graph_breaks():
     """T32: fullgraph=True, forward and backward, equal to eager."""
 
     def loss(logits, ids, mask):
-        logprobs, entropy = token_logprobs(
-            logits, ids, mask=mask, return_entropy=True, temperature=0.9, logit_scale=0.5, softcap=4.0, backend=NATIVE
-        )
-        return (logprobs * 2 + entropy).sum()
+        logprobs, entropy, top1 = token_logprobs(
+            logits, ids, mask=mask, return_entropy=True, return_top1=True, temperature=0.9, logit_scale=0.5,
+            softcap=4.0, backend=NATIVE,
+        )  # fmt: skip
+        return torch.where(top1, 3.0, 2.0).mul(logprobs).add(entropy).sum()
 
     logits, ids, _ = case(5, 61)
     mask = torch.tensor([True, True, False, True, True])
+    ids[1] = logits[1].argmax()
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss(a, ids, mask).backward()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -242,8 +244,9 @@ def test_compiles_without_graph_breaks():
 def test_opcheck():
     logits, ids, dlogprobs = case(4, 11)
     logprobs, stats = torch.empty(4), torch.empty(4, 2)
-    args = ("cpu", logits, ids, None, 1.0, 0.0, logprobs, stats, None)
-    torch.library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, args)
+    args = ("cpu", logits, ids, None, 1.0, 0.0, logprobs, stats)
+    for asked in ((None, None), (torch.empty(4), torch.empty(4, dtype=torch.bool))):
+        torch.library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, (*args, *asked))
     back = ("cpu", logits, ids, None, 1.0, 0.0, stats, logprobs, None, dlogprobs, None, torch.empty(4, 11))
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, back)
 
@@ -320,3 +323,75 @@ def test_logit_scale_matches_float64(dtype, scale):
     truth = gradients(logits.double(), ids, dlogprobs, dentropy, backend="reference", **options)
     for name, a, e, t in zip(["logprobs", "entropy", "dlogits"], actual, eager_, truth, strict=True):
         assert_as_accurate(a, e, t, name)
+
+
+def test_top1_by_hand():
+    """The largest logit, the first of equals; NaN is above all numbers, as in torch's arg max."""
+    nan, inf = torch.nan, torch.inf
+    rows = [
+        ([1.0, 3.0, 2.0], [False, True, False]),
+        ([3.0, 3.0, 3.0], [True, False, False]),
+        ([1.0, 3.0, 3.0], [False, True, False]),
+        ([-inf, -inf, -inf], [True, False, False]),
+        ([-inf, -4.0, -inf], [False, True, False]),
+        ([0.0, inf, inf], [False, True, False]),
+        ([inf, nan, nan], [False, True, False]),
+    ]
+    logits, expected = (torch.tensor(part) for part in zip(*rows, strict=True))
+    every = torch.arange(3).expand(len(rows), 3)
+    for backend in ("reference", NATIVE):
+        top1 = token_logprobs(logits[:, None].expand(-1, 3, 3), every, return_top1=True, backend=backend)[1]
+        assert torch.equal(top1, expected), backend
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 129, 2049, 5003])  # 5003 is prime; a block has 2048
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top1_is_torchs_arg_max(dtype, vocab, backend):
+    """T4, T6, T35: whatever the logits hold; scale, softcap and temperature keep the order."""
+    logits, ids = arg_max_cases(vocab, dtype)
+    for options in ({}, {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.5}):
+        _, top1 = token_logprobs(logits, ids, return_top1=True, backend=backend, **options)
+        assert torch.equal(top1, logits.argmax(-1) == ids)
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_top1_comes_last_and_changes_nothing_else(backend):
+    """The same bits of log-probs, entropy and gradients; it has no gradient of its own."""
+    logits, ids, dlogprobs = case(5, 2100)
+    ids[:3] = logits[:3].argmax(-1)
+    for entropy in (False, True):
+        found = []
+        for options in ({}, {"return_top1": True}):
+            leaf = logits.clone().requires_grad_()
+            out = token_logprobs(leaf, ids, return_entropy=entropy, backend=backend, **options)
+            out = [out] if isinstance(out, torch.Tensor) else list(out)
+            (gradient,) = torch.autograd.grad(out[: 1 + entropy], leaf, [dlogprobs] * (1 + entropy))
+            found.append([*out, gradient])
+        top1 = found[1].pop(1 + entropy)
+        assert top1.tolist() == [True, True, True, False, False] and not top1.requires_grad
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_top1_is_false_where_the_mask_drops(backend, poison):
+    """T8, T20: NaN, inf and id -100 there."""
+    logits, ids = torch.full((2, 3, 40), poison), torch.full((2, 3), -100)
+    mask = torch.tensor([[True, False, False], [False, False, True]])
+    logits[mask], ids[mask] = torch.arange(40.0), torch.tensor([39, 38])
+    _, top1 = token_logprobs(logits, ids, mask=mask, return_top1=True, backend=backend)
+    assert top1.tolist() == [[True, False, False], [False, False, False]]
+
+
+def test_top1_of_any_strides():
+    """T10, T21: slices, transposes and odd row starts; no rows."""
+    logits = torch.randint(-2, 3, (3, 4, 37)).float()
+    ids = torch.randint(0, 37, (3, 4))
+    ids[1] = logits[1].argmax(-1)
+    for name, variant in strided_variants(logits):
+        assert torch.equal(
+            token_logprobs(variant, ids, return_top1=True, backend=NATIVE)[1], logits.argmax(-1) == ids
+        ), name
+    nothing = token_logprobs(logits[:0], ids[:0], return_top1=True, backend=NATIVE)[1]
+    assert nothing.shape == (0, 4) and nothing.dtype == torch.bool

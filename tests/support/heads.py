@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from oracle import assert_as_accurate
+from oracle import assert_as_accurate, near_arg_max
 
 from fastrl.ops import linear_head_chunks, linear_head_cpu, linear_logprobs
 
@@ -69,6 +69,41 @@ def results(case, trained=PARAMETERS, entropy=True, **options):
     (out * case.upstream[: len(out)].to(out.dtype)).sum().backward()
     found = dict(zip(("logprobs", "entropy"), out.detach(), strict=False))
     return found | {name: leaf.grad for name, leaf in leaves.items() if leaf is not None and name in trained}
+
+
+def arg_max_head(dtype=torch.float32, rows=24, vocab=130, bias=False, lora=False):
+    """A head of small whole numbers, whose logits are exact in any dtype and often equal; a bias bans tokens. Row 1 is
+    NaN. Returns the case, and whether each token is the arg max.
+    """
+    g = torch.Generator().manual_seed(vocab)
+
+    def whole(*shape):
+        return torch.randint(-1, 2, shape, generator=g).double()
+
+    hidden, weight = whole(rows, 5), whole(vocab, 5)
+    hidden[0], hidden[1] = 0, torch.nan
+    biases, lora_a, lora_b = whole(vocab), whole(2, 5), whole(vocab, 2)
+    biases[::7] = -torch.inf
+    logits = hidden @ weight.T
+    logits += (hidden @ lora_a.T) @ lora_b.T * SCALING if lora else 0
+    logits += biases if bias else 0
+    ids = near_arg_max(logits)
+    adapter = (lora_a, lora_b) if lora else (None, None)
+    case = HeadCase(hidden, weight, biases if bias else None, *adapter, ids, torch.ones(2, rows)).to(dtype)
+    return case, logits.argmax(-1) == ids
+
+
+def top1_of(case, trained=(), **options):
+    """linear_logprobs' top1 with and without the entropy, which must be the same."""
+    leaves = {name: getattr(case, name).clone().requires_grad_() for name in trained}
+    case = case._replace(**leaves)
+    args, head = (case.hidden, case.weight, case.token_ids), {"bias": case.bias, "lora": lora_of(case)}
+    found = [
+        linear_logprobs(*args, **head, return_entropy=entropy, return_top1=True, **options) for entropy in (False, True)
+    ]
+    assert [len(out) for out in found] == [2, 3] and torch.equal(found[0][-1], found[1][-1])
+    assert found[0][0].requires_grad == bool(trained) and not found[0][1].requires_grad
+    return found[0][1]
 
 
 def small_blocks(monkeypatch, rows=8, columns=64):

@@ -7,7 +7,7 @@ import torch
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # What rounding the result itself costs, relative to its size.
-ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-14}
+ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-14, torch.bool: 0.0}
 
 
 def assert_as_accurate(actual, eager, truth, name="result", slack=0.0):
@@ -28,6 +28,31 @@ def assert_as_accurate(actual, eager, truth, name="result", slack=0.0):
     eager_error = (eager64 - truth64)[finite].nan_to_num(0).abs().max()
     bound = 2 * eager_error + (4 * ROUNDING[actual.dtype] + slack) * scale
     assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (eager {eager_error:.3e})"
+
+
+def arg_max_cases(vocab, dtype):
+    """(logits (54, vocab), token ids): equals, NaN, infinities, rows of nothing but -inf, logits that a softcap makes
+    equal, each with the tokens of `near_arg_max`."""
+    g = torch.Generator().manual_seed(vocab)
+    rows = torch.randint(-2, 3, (9, vocab), generator=g).float()
+    rows[1] = 0
+    rows[2] = -torch.inf
+    rows[3, ::3] = -torch.inf
+    rows[4, [vocab // 2, -1]] = torch.nan
+    rows[5] = torch.nan
+    rows[6, [vocab // 3, -1]] = torch.inf
+    rows[7] = 1000 + 8 * (torch.arange(vocab) % 2)
+    logits = rows.to(dtype).repeat_interleave(6, 0)
+    return logits, near_arg_max(logits)
+
+
+def near_arg_max(logits):
+    """Of each row in turn the first and last token, a middle one, the arg max, the last of those equal to it, any."""
+    count, vocab = logits.shape
+    top, last = logits.argmax(-1), torch.full((count,), vocab - 1)
+    any_token = torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(count))
+    chosen = [0 * last, last, last // 2, top, last - logits.flip(-1).argmax(-1), any_token]
+    return torch.stack(chosen)[torch.arange(count) % 6, torch.arange(count)]
 
 
 def strided_variants(tensor):

@@ -161,10 +161,11 @@ def test_training_goes_on_from_a_model_of_the_same_criteria(config, tmp_path):
     assert score_head(load_scalar_model(again.output)).names == ("harmless", "helpful")
 
 
-def test_a_model_of_one_score_takes_all_comparisons(config, tiny_scalar):
-    """As before there were criteria: one column, and the accuracy of each name in the records."""
+def test_a_model_of_one_score_takes_all_comparisons(config, tiny_scalar, capsys):
+    """As before there were criteria: one column, and the accuracy of each name in the records. It is said."""
     metrics = reward.main(replace(config, model=str(tiny_scalar)))
     assert load_scalar_model(config.output).score.out_features == 1
+    assert "has one score, which the comparisons of all criteria train: harmless, helpful" in capsys.readouterr().out
     assert {"eval_accuracy/helpful", "eval_accuracy/harmless", "score_mean", "length_correlation"} <= metrics.keys()
 
 

@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastrl.data import Example
 from fastrl.data.batches import chunks, sft_batch, supervised_tokens
 from fastrl.data.packing import arrange, balanced_rows, packed_batch
-from fastrl.models import LoRASettings, add_lora, final_hidden
+from fastrl.models import LoRASettings, add_lora, final_hidden, packed_attention
 from fastrl.models.forward import as_policy
-from fastrl.models.probe import check_packing
+from fastrl.models.packed_attention import attend_by_sequence
+from fastrl.models.probe import check_packing, check_policy
 from fastrl.run.config import checked
 from fastrl.train import sft
 from fastrl.train.losses import sft_logprobs, sft_loss
@@ -34,8 +35,11 @@ FAMILIES = {
 }
 
 
-def family(name: str) -> transformers.PreTrainedModel:
-    return randomised(tiny_config(getattr(transformers, f"{name}Config"), **FAMILIES.get(name, {})))
+def family(name: str, by_sequence: bool = True) -> transformers.PreTrainedModel:
+    model = randomised(tiny_config(getattr(transformers, f"{name}Config"), **FAMILIES.get(name, {})))
+    if by_sequence:
+        attend_by_sequence(model)
+    return model
 
 
 def ragged(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[Example]:
@@ -131,6 +135,14 @@ def test_losses_and_gradients_equal_unpacked_ones(name, packing):
     same_training(family(name), packing)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_attends_to_the_whole_row_learns_the_same(attention):
+    """Behind transformers' masks: other attentions than sdpa, and passes of a model that was not prepared."""
+    model = family("Gemma3Text", by_sequence=False)
+    model.set_attn_implementation(attention)
+    same_training(model, "balanced")
+
+
 @pytest.mark.parametrize("packing", PACKED)
 def test_adapters_learn_the_same(packing):
     model = add_lora(family("Llama"), LoRASettings(4, 8, 0.0, "all-linear"))
@@ -206,6 +218,32 @@ def test_packed_rows_may_be_padded_on_the_left():
     assert torch.equal(got[kept.flip(1)], want[kept])
 
 
+def test_the_square_of_a_row_is_not_computed(monkeypatch):
+    """Attention of a row costs what its sequences cost, and the padding behind a shorter row; unpacked it is sdpa's."""
+    model, sizes = family("Llama"), []
+    original = packed_attention.sdpa_attention_forward
+
+    def watched(module, query, key, *arguments, **options):
+        sizes.append((query.shape[2], key.shape[2]))
+        return original(module, query, key, *arguments, **options)
+
+    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", watched)
+    examples = ragged(lengths=(7, 5, 9, 1))
+    sft_logprobs(model, packed_batch([examples[:2], examples[2:3], examples[3:]], 0))
+    layers = model.config.num_hidden_layers
+    assert sizes == [(n, n) for n in (7, 5, 9, 3, 1, 11)] * layers
+    want = family("Llama", by_sequence=False)
+    batch = sft_batch(examples, 0)
+    assert torch.equal(sft_logprobs(model, batch), sft_logprobs(want, batch))
+
+
+def test_a_saved_model_knows_nothing_of_how_it_attended(tmp_path):
+    model = family("Llama")
+    model.save_pretrained(tmp_path)
+    assert "attn" not in (tmp_path / "config.json").read_text()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
 def flash_like(module, query, key, value, attention_mask, position_ids=None, scaling=None, dropout=0.0, **_):
     """What transformers' flash attention does: no mask, and sequences are found in a batch of one row alone."""
     groups = query.shape[1] // key.shape[1]
@@ -221,7 +259,7 @@ def flash_like(module, query, key, value, attention_mask, position_ids=None, sca
 
 
 def test_flash_attention_gets_one_row(monkeypatch):
-    model, examples = family("Llama"), ragged()
+    model, examples = family("Llama", by_sequence=False), ragged()
     want = loss_and_gradients(model, examples, "none")
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_like", flash_like)
     model.config._attn_implementation = "flash_like"
@@ -238,8 +276,12 @@ def test_flash_attention_gets_one_row(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_probe_lets_a_right_family_pass(name, dtype):
-    check_packing(family(name).to(dtype), byte_tokenizer(), "m")
+def test_the_probe_lets_a_right_family_pass(name, dtype, capsys):
+    model = family(name, by_sequence=False).to(dtype)
+    check_packing(model, byte_tokenizer(), "m")
+    assert model.config._attn_implementation == packed_attention.NAME
+    check_policy(model, byte_tokenizer(), "m")  # and as before in everything else, decoding too
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

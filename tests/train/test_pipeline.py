@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
 import yaml
+from ranks import environment
 from safetensors.torch import load_file
 
 from fastrl import cli
@@ -42,6 +45,7 @@ def source(tmp_path_factory, tiny_policy):
             "data": str(folder / "answers.jsonl"),
             "batch_size": 4,
             "iterations": 1,
+            "reward_weights": "helpful=1,harmless=0.5",
             "max_new_tokens": 4,
             "epochs": 1,
         },
@@ -57,19 +61,19 @@ def trained(source):
     return source.with_name("out")
 
 
+def copied(trained, folder):
+    """What was trained, at another place."""
+    if not folder.exists():
+        shutil.copytree(trained, folder)
+        for record in folder.glob("*/run.json"):
+            record.write_text(record.read_text().replace(str(trained), str(folder)))
+    return str(folder)
+
+
 @pytest.fixture
-def again(trained, source, tmp_path, monkeypatch):
-    """Reads the pipeline, with overrides, over a copy of what it trained; its stages cannot be run."""
-
-    def read(**overrides):
-        folder = tmp_path / "out"
-        if not folder.exists():
-            shutil.copytree(trained, folder)
-            for record in folder.glob("*/run.json"):
-                record.write_text(record.read_text().replace(str(trained), str(folder)))
-        return read_stages(source, {"output": str(folder), **overrides})[1]
-
-    return read
+def again(trained, source, tmp_path):
+    """Reads the pipeline, with overrides, over a copy of what it trained."""
+    return lambda **overrides: read_stages(source, {"output": copied(trained, tmp_path / "out"), **overrides})[1]
 
 
 def actions(*arguments, **options):
@@ -82,7 +86,7 @@ def test_stages_take_each_others_outputs(trained, tiny_policy):
     models = {name: record["settings"]["model"] for name, record in records.items()}
     assert models == {"sft": str(tiny_policy), "reward": f"{trained}/sft", "ppo": f"{trained}/sft"}
     assert records["ppo"]["settings"]["reward_model"] == f"{trained}/reward"
-    assert records["ppo"]["reads"] == {"model": records["sft"]["begun"], "reward_model": records["reward"]["begun"]}
+    assert records["ppo"]["reads"] == {f"{trained}/{name}": records[name]["begun"] for name in ("sft", "reward")}
     assert records["reward"]["settings"]["seed"] == 0 and records["sft"]["settings"]["lora_rank"] == 2
 
 
@@ -167,12 +171,29 @@ def test_a_pipeline_goes_on_inside_the_stage_that_was_interrupted(source, traine
     assert RESUME == "resume"
 
 
+@pytest.mark.slow
+def test_two_processes_agree_on_what_is_due(source, trained, tmp_path):
+    """Rank 0 looks at the folders and tells the other, which then trains with it."""
+    folder = copied(trained, tmp_path / "out")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "fastrl.cli", "run", source, "--output", folder, "--ppo.seed", "1", "--redo"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(": skip (finished)") == 2
+    assert done.stdout.count("3/3  ppo: train (again: seed was 0, is 1)") == 1
+    assert json.loads((tmp_path / "out/ppo/run.json").read_text())["processes"] == 2
+    assert (tmp_path / "out/ppo.previous/run.json").exists() and done.stdout.count("report: ") == 1
+
+
 def test_all_settings_are_checked_before_the_first_stage_trains(source, tmp_path, capsys):
     where = ["--output", str(tmp_path / "out")]
     for arguments, message in [
         (["--ppo.iteration", "3"], "tiny.yaml: ppo: unknown key 'iteration'; did you mean 'iterations'?"),
         (["--ppo.iterations", "many"], "tiny.yaml: ppo: key 'iterations': expected int, got many"),
         (["--ppo.clip_coef", "-1"], "tiny.yaml: ppo: clip_coef: expected a number above 0, got -1.0"),
+        (["--ppo.kl_in", "loss"], "tiny.yaml: ppo: kl_estimator: expected k2 or k3 with kl_in loss, got k1"),
+        (["--ppo.rewards", "none/of/these#x"], "run: ppo: rewards: not found: none/of/these (looked in "),
+        (["--ppo.tracker", "tensorbord"], "tracker: unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
         (["--ppo.data", "none.jsonl"], "run: ppo: data: not found: none.jsonl (looked in "),
         (["--sed", "3"], "run: unknown option --sed; did you mean '--seed'?"),
         (["--pp.seed", "3"], "run: --pp.seed: unknown stage 'pp'; did you mean 'ppo'?"),

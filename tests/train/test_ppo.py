@@ -114,7 +114,7 @@ def ready(cfg: PPOConfig, *, jitter: float = 0.0):
 
 def experience_of(roles, cfg: PPOConfig, trajectory: Trajectory) -> Experience:
     scored = score_samples(roles, trajectory, cfg)
-    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState(cfg.kl_coef))
+    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState())
     return make_experience(trajectory, scored, shaped)
 
 
@@ -182,7 +182,7 @@ def test_advantages_of_a_hand_computed_row(config):
         ref_logprobs=torch.tensor([[-2.0, -1.0, -9.0]]),
         values=torch.tensor([[0.5, 1.0, 7.0]]),
     )
-    shaped = compute_advantages(scored, torch.tensor([[True, True, False]]), cfg, PPOState(cfg.kl_coef))
+    shaped = compute_advantages(scored, torch.tensor([[True, True, False]]), cfg, PPOState())
     torch.testing.assert_close(shaped.kl, torch.tensor([[1.0, -1.0, 0.0]]))
     torch.testing.assert_close(shaped.rewards, torch.tensor([[-0.5, 2.5, 0.0]]))
     # one-step errors: -0.5 + 1.0 - 0.5 = 0 and 2.5 - 1.0 = 1.5; returns add the values
@@ -232,7 +232,7 @@ def test_metrics_ignore_masked_positions(config):
         mask = TRAJECTORY.response_mask
         logprobs, entropy, ref_logprobs, values = (torch.where(mask, x, poison) for x in scored[1:5])
         scored = scored._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
-        shaped = compute_advantages(scored, mask, cfg, PPOState(cfg.kl_coef))
+        shaped = compute_advantages(scored, mask, cfg, PPOState())
         experience = make_experience(TRAJECTORY, scored, shaped)
         summary = summarise(TRAJECTORY, scored.scores, shaped.stats, cfg.kl_estimator)
         results.append([summary, update_once(roles, experience, cfg, 1e-3)])

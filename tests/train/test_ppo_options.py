@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fastrl.commands.export import export
 from fastrl.data import Prompt
 from fastrl.data.batches import sft_batch
+from fastrl.data.templates import record_template, recorded_template
 from fastrl.models import load_policy, load_tokenizer, response_logprobs
 from fastrl.train import ppo, ppo_state, ppo_update
 from fastrl.train.experience import make_experience
@@ -41,7 +42,7 @@ def ready(cfg: ppo.PPOConfig, moved: float = 0.05):
             parameter.add_(torch.randn_like(parameter), alpha=moved)
     trajectory = ppo.sample(roles.policy, tokenizer, [Prompt([70 + i] * (1 + i), "") for i in range(8)], cfg, 1)
     scored = ppo.score_samples(roles, trajectory, cfg)
-    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState(cfg.kl_coef))
+    shaped = compute_advantages(scored, trajectory.response_mask, cfg, PPOState())
     return roles, tokenizer, make_experience(trajectory, scored, shaped)
 
 
@@ -151,6 +152,19 @@ def test_the_gradient_with_ptx_is_the_sum_of_both(build, size):
     torch.testing.assert_close(part, 3.0 * whole.detach())
     together = torch.cat([p.grad.flatten() for p in trained(roles.policy)])
     torch.testing.assert_close(together, expected, atol=2e-6, rtol=1e-4)
+
+
+def test_ptx_takes_plain_texts_and_names_of_columns(build, tmp_path):
+    """As InstructGPT's: every token but the first is a target, whatever template the policy was trained with."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"body": "once upon"}) + "\n" for _ in range(4)))
+    cfg = build(ptx_data=str(path), ptx_template="none", ptx_columns="text=body", ptx_max_length=64)
+    roles, tokenizer, _ = ready(cfg)
+    assert record_template(tokenizer) == "chat"
+    (example, *_) = load_ptx(cfg, roles.policy, tokenizer)
+    assert tokenizer.decode(example.input_ids).startswith("once upon")
+    assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
+    assert recorded_template(tokenizer) == "chat"
 
 
 def test_adams_epsilon_is_torchs(build):

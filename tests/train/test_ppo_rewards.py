@@ -17,7 +17,9 @@ from fastrl.models import load_policy, load_scalar_model, load_tokenizer, score_
 from fastrl.models.heads import base_model, normalize_head
 from fastrl.models.saving import save_model
 from fastrl.models.score_heads import with_scalar_head
+from fastrl.rlhf.rewards import parse_rewards, parse_weights
 from fastrl.rollout import decode_responses
+from fastrl.run.config import parse
 from fastrl.train import ppo
 from fastrl.train.ppo import PPOConfig, main, sample, score_samples
 from fastrl.train.roles import load_roles, tune_roles, with_rewards
@@ -248,6 +250,23 @@ def test_a_function_that_gives_nan_ends_the_run_and_loses_nothing(config):
     main(replace(cfg, resume=True))
     assert [record["step"] for record in evaluations(cfg)] == [0, 1, 2]
     assert score_head(load_scalar_model(Path(cfg.output) / "critic")).names == ("low", "high")
+
+
+def test_yaml_and_the_command_line_say_the_same(tmp_path):
+    file = tmp_path / "ppo.yaml"
+    needed = "model: m\nreward_model: r\ndata: d\n"
+    file.write_text(
+        f"{needed}reward_weights: {{helpful: 1, harmless: -0.5}}\n"
+        "rewards:\n  - 0.5*runs/hh#honest\n  - -0.1*my_rewards:brief\n"
+    )
+    first = parse(PPOConfig, ["--config", str(file)], prog="fastrl ppo")
+    file.write_text(needed)
+    given = ["--reward_weights", "helpful=1,harmless=-0.5", "--rewards", "0.5*runs/hh#honest,-0.1*my_rewards:brief"]
+    second = parse(PPOConfig, ["--config", str(file), *given], prog="fastrl ppo")
+    weights = {"helpful": 1, "harmless": -0.5}
+    assert parse_weights(first.reward_weights) == parse_weights(second.reward_weights) == weights
+    assert parse_rewards(first.rewards) == parse_rewards(second.rewards)
+    assert [term.weight for term in parse_rewards(first.rewards)] == [0.5, -0.1]
 
 
 # ---- what is refused, before anything is written ----

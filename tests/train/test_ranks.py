@@ -39,7 +39,7 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
     def build(name: str, **changes):
         loop, _, kind = name.partition(", ")
         folder = tmp_path_factory.mktemp("data")
-        _, cfg = tiny_run(loop if kind == "bf16" else name, folder, tiny_policy, tiny_scalar)
+        _, cfg = tiny_run(loop if kind in ("bf16", "everything") else name, folder, tiny_policy, tiny_scalar)
         if loop == "ppo":
             cfg = replace(cfg, iterations=2, eval_every=1, target_kl=0.05, no_stop_score=-1.0, device="cpu")
         else:

@@ -14,7 +14,7 @@ import transformers
 
 import fastrl.train.sft as sft
 from fastrl.checks import NonFiniteError
-from fastrl.data import load_examples, shuffled_batches, split_holdout
+from fastrl.data import Example, load_examples, shuffled_batches, split_holdout
 from fastrl.data.batches import sft_batch, supervised_tokens
 from fastrl.models import LoRASettings, add_lora, load_policy, load_tokenizer
 from fastrl.train.losses import sft_logprobs, sft_loss
@@ -112,6 +112,22 @@ def test_head_sees_supervised_positions_only(tiny_policy, examples):
     assert sft_loss(model, nothing, denominator=1).item() == 0.0
 
 
+def test_accuracy_is_the_share_of_greedy_tokens(tiny_policy):
+    """Over the supervised tokens of all micro-batches, however they are cut; sums of bits, so exact."""
+    model, examples = load_policy(tiny_policy), []
+    for prompt, wrong in (([5, 6, 7], 1), ([9, 8], 2), ([11, 12, 13, 14], 0)):
+        ids = list(prompt)
+        for step in range(4):
+            greedy = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(greedy - 1 if step < wrong else greedy)
+        examples.append(Example(ids, [False] * len(prompt) + [True] * 4))
+    for size in (1, 2, 3):
+        assert sft.evaluate(model, examples, 0, size)["eval_token_accuracy"] == 9 / 12
+    assert sft.evaluate(model, [Example([5, 6], [False, False])], 0, 1)["eval_token_accuracy"] == 0
+    logprobs, top1 = sft_logprobs(model, sft_batch(examples, 0), return_top1=True)
+    assert torch.equal(logprobs, sft_logprobs(model, sft_batch(examples, 0))) and top1.sum() == 9
+
+
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 def test_micro_batches_add_up(config, rank):
     """pitfall 16: ragged micro-batches of 1, 2 or 6 examples make the same run."""
@@ -171,7 +187,7 @@ def test_overfits_and_saves_an_ordinary_folder(config, rank, capsys):
     floor = 1.2 if rank else 0.15  # a frozen random head bounds how sure an adapter can be
     assert records(cfg.output)[0]["loss"] > 6 and metrics["loss"] < floor
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
-    assert metrics["eval_loss"] < floor
+    assert metrics["eval_loss"] < floor and (rank or metrics["eval_token_accuracy"] > 0.9)
     answers = capsys.readouterr().out.split("answer: ")[-3:]
     assert "'sun'" in answers[0] and (rank or "'sun sun sun'" in answers[2])
     auto = peft.AutoPeftModelForCausalLM if rank else transformers.AutoModelForCausalLM

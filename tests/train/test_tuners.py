@@ -337,7 +337,6 @@ def test_the_context_shrinks_by_the_virtual_tokens(tiny_policy):
             {"gradient_checkpointing": True},
             "gradient_checkpointing: expected false with tuner prefix, got true",
         ),
-        ("prompt", {"packing": "rows"}, "packing: expected none with tuner prompt"),
         ("prefix", {"model": "Mamba"}, "tuner: expected another than prefix for MambaForCausalLM, got "),
         ("prefix", {"model": "Falcon"}, "tuner: expected another than prefix for FalconForCausalLM, got .* shape"),
     ],
@@ -476,6 +475,8 @@ def test_a_denominator_gives_the_loss(tiny_policy):
     torch.testing.assert_close(loss, -policy(IDS, ATTENDED, MASK).sum() / 3)
     with pytest.raises(ValueError, match="return_entropy: expected False with a denominator"):
         policy(IDS, ATTENDED, MASK, denominator=3, return_entropy=True)
+    with pytest.raises(ValueError, match="return_top1: expected False with a denominator"):
+        policy(IDS, ATTENDED, MASK, denominator=3, return_top1=True)
     with pytest.raises(ValueError, match="at least one prompt token"):
         policy(IDS, ATTENDED, ATTENDED)
 

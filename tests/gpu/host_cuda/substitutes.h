@@ -53,11 +53,13 @@ inline float element_of(uint32_t word, int second) {
   return value;
 }
 
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
 template <typename T>
 inline uint32_t max_of_pairs(uint32_t a, uint32_t b) {
   uint32_t larger = 0;
   for (int i = 0; i < 2; ++i) {
-    const float x = std::fmax(element_of<T>(a, i), element_of<T>(b, i));
+    const float x = max_or_nan(element_of<T>(a, i), element_of<T>(b, i));
     const uint32_t bits = std::is_same_v<T, bf16> ? float_to_bf16(x) : float_to_fp16(x);
     larger |= bits << 16 * i;
   }
