@@ -105,8 +105,7 @@ def write_adapter(folder: Path, settings: Settings) -> None:
     for name, parameter in adapter.named_parameters():
         if ".lora_B." in name:
             parameter.data *= 0.1
-    adapter.peft_config["default"].init_lora_weights = True
-    adapter.save_pretrained(folder / "adapter")
+    adapter.save_pretrained(str(folder / "adapter"))
 
 
 def read(folder: Path) -> tuple[Settings, list[list[int]], list[list[int]]]:
