@@ -33,7 +33,7 @@ def describe_roles(policy: Tuned, critic: Tuned, settings: TunerSettings) -> Ite
     common = [x for x in of_critic.frozen if id(x) in known]
     yield f"policy: {describe(policy, settings)}; {_sizes(of_policy)}"
     yield f"reference: the policy with its tuner off; {_kept(of_policy)}"
-    of_one_base = " of the policy's own" if common else ""
+    of_one_base = ", which are the policy's" if common else ""
     yield f"critic: {describe(critic, settings)}; {_sizes(of_critic)}{of_one_base}"
     yield f"reward model: the critic with its tuner off; {_kept(of_critic)}"
     total = mib(x for weights in (of_policy, of_critic) for tensors in weights for x in tensors)

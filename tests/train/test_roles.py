@@ -119,7 +119,7 @@ def test_every_frozen_weight_is_there_once_and_the_memory_is_told(config, capsys
     ]
     own, own_trained = (sum(p.numel() for p in m) for m in (roles.policy.parameters(), trained(roles.policy).values()))
     assert f"{own_trained:,} of {own:,} parameters are trained" in lines[0] and "no weights of its own" in lines[1]
-    assert "of the policy's own" in lines[2] and "a copy of what is trained, as it was loaded" in lines[3]
+    assert "which are the policy's" in lines[2] and "a copy of what is trained, as it was loaded" in lines[3]
     common = sum(p.numel() for p in roles.critic.parameters() if id(p) in of_policy)
     assert common == sum(p.numel() for p in load_policy(config.model).model.parameters())
     assert f"of which {common * 4 / 2**20:.1f} MiB serve all four" in lines[4]
