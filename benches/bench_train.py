@@ -36,6 +36,10 @@ PEERS = {  # task -> (provider, program, its argument), baseline first
         ("trl + peft, LoRA critic", TRL, "ppo-lora-critic"),
         ("fastrl loop", OURS, "ppo-lora"),
     ],
+    "PPO update, LoRA, reward adapter": [
+        ("fastrl loop, two bases", OURS, "ppo-lora-separate"),
+        ("fastrl loop, one base", OURS, "ppo-lora-shared"),
+    ],
     "PPO update, full": [("trl", TRL, "ppo-full"), ("fastrl loop", OURS, "ppo-full")],
     "SFT step, LoRA": [
         ("transformers + peft", PLAIN, "sft-lora"),

@@ -1,6 +1,6 @@
 """PPO updates or SFT steps of fastrl's loops on a workload; run by bench_train.py.
 
-python -m fastrl.benches.train_fastrl WORKLOAD ppo-lora|ppo-full|sft-lora|sft-full
+python -m fastrl.benches.train_fastrl WORKLOAD ppo-lora|ppo-lora-separate|ppo-lora-shared|ppo-full|sft-lora|sft-full
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,12 +28,16 @@ from fastrl.train.ppo_update import update
 from fastrl.train.roles import load_roles, tune_roles
 
 
-def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict[str, float]]:
-    """Seconds per update phase: scores, log-probs, values, advantages, minibatch epochs; sampling excluded."""
+def ppo_updates(folder: Path, rank: int, output: str, critic: str = "") -> tuple[list[float], dict[str, float]]:
+    """Seconds per update phase: scores, log-probs, values, advantages, minibatch epochs; sampling excluded.
+
+    With `critic`, separate or shared, the reward model is an adapter on the policy.
+    """
     settings, prompts, responses = read(folder)
     cfg = ppo.PPOConfig(
         model=str(folder / "policy"),
-        reward_model=str(folder / "reward"),
+        reward_model=str(folder / ("adapter" if critic else "reward")),
+        critic=critic or "separate",
         data="",
         output=output,
         batch_size=settings.batch,
@@ -46,7 +51,8 @@ def ppo_updates(folder: Path, rank: int, output: str) -> tuple[list[float], dict
         dtype=settings.dtype,
     )
     tokenizer = load_tokenizer(cfg.model)
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, dtype=cfg.dtype, device=cfg.device)
+    on: dict[str, Any] = {"one_base": cfg.critic == "shared", "dtype": cfg.dtype, "device": cfg.device}
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, **on)
     roles = tune_roles(roles, cfg)
     run, learners = Run(cfg, "ppo"), ppo.make_learners(roles, cfg)
     trajectory = Trajectory(*(tensor.to(settings.device) for tensor in fixed_trajectory(prompts, responses)))
@@ -96,9 +102,11 @@ def main(folder: Path, task: str) -> None:
     torch.set_num_threads(settings.threads)
     transformers.set_seed(settings.seed)
     imported = peak_mib(settings.device)
-    rank = settings.lora_rank if task.endswith("lora") else 0
+    loop, tuner, *critic = task.split("-")
+    rank = settings.lora_rank if tuner == "lora" else 0
     with tempfile.TemporaryDirectory() as output:
-        seconds, check = (ppo_updates if task.startswith("ppo") else sft_steps)(folder, rank, output)
+        updates = ppo_updates if loop == "ppo" else sft_steps
+        seconds, check = updates(folder, rank, output, *critic)
     report = {"seconds": seconds, "peak_mib": peak_mib(settings.device), "imported_mib": imported, "check": check}
     print("\n" + json.dumps(report))
 

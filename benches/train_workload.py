@@ -1,6 +1,7 @@
 """The workload that every peer of bench_train.py gets: a folder with models, a tokenizer, and fixed sequences.
 
 workload/policy, workload/reward: Hugging Face folders of one architecture with random weights.
+workload/adapter: a reward model that is a LoRA adapter on the policy.
 workload/workload.json: the settings, the prompts (token ids) and one response for each, ended by eos.
 """
 
@@ -87,8 +88,24 @@ def write_models(folder: Path, settings: Settings) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "policy")
     config.num_labels = 1
     transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
-    for name in ("policy", "reward"):
+    write_adapter(folder, settings)
+    for name in ("policy", "reward", "adapter"):
         tokenizer.save_pretrained(folder / name)
+
+
+def write_adapter(folder: Path, settings: Settings) -> None:
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=settings.lora_rank, target_modules="all-linear", init_lora_weights=False
+    )
+    adapter = peft.get_peft_model(model, config)
+    for name, parameter in adapter.named_parameters():
+        if ".lora_B." in name:
+            parameter.data *= 0.1
+    adapter.save_pretrained(str(folder / "adapter"))
 
 
 def read(folder: Path) -> tuple[Settings, list[list[int]], list[list[int]]]:

@@ -235,13 +235,19 @@ def _scalar_adapter(path: str, dtype: str | torch.dtype, device: torch.device) -
         policy = load_policy(base_path, dtype=dtype, device=device)
         base = with_scalar_head(policy, fields.get("fastrl_score_names", ()))
     model: Any = _with_adapter(base, path)
+    restore_head(model, path)
+    return model
+
+
+def restore_head(model: Any, path: str) -> None:
+    """Give a classifier the head that an adapter folder brings, and what it says of its criteria and pad token."""
+    score = saved_score(path)
     if score is not None:
         model.score.weight.data = score.to(model.score.weight)
     if (Path(path) / "tokenizer_config.json").is_file():
         set_pad_token(model, load_tokenizer(path))
-    for name, value in fields.items():
+    for name, value in read_score_fields(path).items():
         setattr(model.config, name, value)
-    return model
 
 
 def _with_adapter(base: transformers.PreTrainedModel, path: str) -> Any:

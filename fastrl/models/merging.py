@@ -38,15 +38,7 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
         ValueError: the adapter cannot be merged, is of another base, or the merged model's outputs on a few tokens
             differ from the adapter's by more than rounding.
     """
-    file = adapter_weights(path)
-    with reading(path):
-        config = peft.PeftConfig.from_pretrained(path)
-    _check_kind(config, base, path)
-    shapes = _shapes(file)
-    _check_layers(base, shapes, path)
-    _add_tokens(base, shapes, bool(getattr(config, "ensure_weight_tying", False)), path)
-    with _strict(path):
-        model: Any = peft.PeftModel.from_pretrained(base, path).eval()
+    model: Any = attach_adapter(base, path)
     _untie(base)
     want = _outputs(model)
     merged: Any = _fold(model, path)
@@ -55,6 +47,24 @@ def merge_adapter(base: transformers.PreTrainedModel, path: str) -> transformers
     _compare(_outputs(merged), want, merged.dtype, path)
     merged.config._name_or_path = merged.name_or_path = path
     return merged.eval()
+
+
+def attach_adapter(base: transformers.PreTrainedModel, path: str, *, trained: bool = False) -> peft.PeftModel:
+    """The base, changed in place, with the adapter of a folder on it as PEFT has it, in eval mode.
+
+    Raises:
+        FileNotFoundError: the adapter has no safetensors file.
+        ValueError: the adapter cannot be merged, or is of another base.
+    """
+    file = adapter_weights(path)
+    with reading(path):
+        config = peft.PeftConfig.from_pretrained(path)
+    _check_kind(config, base, path)
+    shapes = _shapes(file)
+    _check_layers(base, shapes, path)
+    _add_tokens(base, shapes, bool(getattr(config, "ensure_weight_tying", False)), path)
+    with _strict(path):
+        return peft.PeftModel.from_pretrained(base, path, is_trainable=trained).eval()
 
 
 def check_mergeable(path: str) -> None:

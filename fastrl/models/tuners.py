@@ -77,12 +77,12 @@ class Tuner(Protocol):
 
 class Full:
     """The model's own weights are trained: all that require a gradient. `off` exchanges them with a copy of the loaded
-    ones, which costs their memory.
+    ones (`kept`), which costs their memory.
     """
 
     def __init__(self, model: Any, keep_loaded: bool = False) -> None:
         self.model = model
-        self._others = [p.detach().clone() for p in self._trained()] if keep_loaded else []
+        self.kept = [p.detach().clone() for p in self._trained()] if keep_loaded else []
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None) -> Tensor:
         return final_hidden(self.model, input_ids, attention_mask, packed_positions)
@@ -103,10 +103,10 @@ class Full:
 
     def _exchange(self) -> None:
         """The parameters, which optimizers and hooks hold, stay; what they point at is exchanged: nothing is copied."""
-        if not self._others:
+        if not self.kept:
             raise RuntimeError("off: no copy of the loaded weights was kept; tune with keep_loaded=True")
         for i, parameter in enumerate(self._trained()):
-            parameter.data, self._others[i] = self._others[i], parameter.data
+            parameter.data, self.kept[i] = self.kept[i], parameter.data
 
 
 class Adapter:

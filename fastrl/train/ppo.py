@@ -171,8 +171,8 @@ def train(cfg: PPOConfig, run: Run) -> dict[str, Any]:
     # models, prompts; the folder is this run's once nothing can be refused
     tokenizer = load_tokenizer(cfg.model)
     check_same_template(record_template(tokenizer, cfg.template), cfg.model, cfg.reward_model)
-    on = {"dtype": cfg.dtype, "device": run.device}
-    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, weights=cfg.reward_weights, **on)
+    how: dict[str, Any] = {"one_base": cfg.critic == "shared", "dtype": cfg.dtype, "device": run.device}
+    roles = load_roles(cfg.model, cfg.reward_model, tokenizer, tuner=cfg, weights=cfg.reward_weights, **how)
     stop_ids(roles.policy, tokenizer, cfg)  # names a token that is none
     prompts, held_out = read_prompts(cfg, roles, tokenizer)
     roles = with_rewards(roles, cfg, tokenizer, [*prompts, *held_out])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastrl.data.templates import TEMPLATES
+from fastrl.models.tuners import tuner_name
 from fastrl.rlhf.kl import LOSS_ESTIMATORS
 from fastrl.rlhf.rewards import FORMS, parse_rewards, parse_weights
 from fastrl.run.config import option
@@ -13,8 +14,14 @@ from fastrl.run.config import option
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings:
-    """Rewards"""
+    """Rewards and critic"""
 
+    critic: str = option(
+        "separate",
+        "separate: policy and critic have base weights of their own; shared: one set for policy, reference, critic and"
+        " reward model, which must be a LoRA adapter on the policy (the critic then goes on with it)",
+        choices=("separate", "shared"),
+    )
     reward_weights: dict[str, float] | str = option(
         "", "weights of the criteria of reward_model, as helpful=1,harmless=0.5; needed if it has several"
     )
@@ -114,6 +121,8 @@ def check_contradictions(cfg: Any) -> None:
         value = getattr(cfg, name)
         if value != defaults[name] and not getattr(cfg, needed):
             _refuse(name, f"{needed} beside it", f"{value!r} alone, which changes nothing")
+    if cfg.critic == "shared" and (tuner := tuner_name(cfg)) != "lora":
+        _refuse("critic", f"separate with tuner {tuner}: adapters of LoRA alone can share their base", "shared")
     if cfg.kl_in == "loss" and cfg.kl_estimator not in LOSS_ESTIMATORS:
         _refuse("kl_estimator", "k2 or k3 with kl_in loss", "k1, whose gradient is 0 in expectation: no penalty at all")
     if cfg.kl_in == "loss" and cfg.kl_clip is not None:

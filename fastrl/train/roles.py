@@ -1,4 +1,8 @@
-"""The four models of PPO: policy and critic are trained; reference and reward model are what these were loaded as."""
+"""The four models of PPO: policy and critic are trained; reference and reward model are what these were loaded as.
+
+Each of the two has base weights of its own, or under LoRA all four have the same ones: the reward model is then the
+adapter and head of its folder, not merged, and the critic starts as a copy of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,6 @@ from fastrl.models import (
     Policy,
     Scorer,
     check_tuner,
-    describe,
     load_policy,
     load_scalar_model,
     load_tokenizer,
@@ -24,12 +27,14 @@ from fastrl.models import (
 )
 from fastrl.models.probe import check_policy, check_scalar
 from fastrl.models.saving import save_merged_base
+from fastrl.models.sharing import load_scalar_adapter, share_name
 from fastrl.models.tuners import Full, TunerSettings
 from fastrl.rlhf.rewards import check_weights, parse_weights
 from fastrl.rollout import Trajectory
 from fastrl.run.metrics import PhaseTimer
 from fastrl.train.experience import ScoredTrajectory, response_scores, response_values, sampled_logprobs
 from fastrl.train.rewards import Rewards, add_rewards, load_rewards
+from fastrl.train.role_memory import describe_roles
 
 
 class Roles(NamedTuple):
@@ -39,6 +44,7 @@ class Roles(NamedTuple):
     critic: Scorer
     weights: Mapping[str, float] = {}  # of the reward model's criteria in the score; none: its one criterion
     rewards: Rewards | None = None  # added to it
+    one_base: bool = False  # the critic's frozen weights are the policy's
 
 
 def load_roles(
@@ -48,6 +54,7 @@ def load_roles(
     *,
     tuner: TunerSettings,
     weights: str | Mapping[str, float] = "",
+    one_base: bool = False,
     dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> Roles:
@@ -56,9 +63,10 @@ def load_roles(
     Args:
         weights: of the reward model's criteria, as `reward_weights`. The critic's value is the same weighted sum, but
             the plain one where all weights are 0.
+        one_base: the reward model is an adapter that goes on the policy's own weights; see `load_scalar_adapter`.
     Raises:
         ValueError: the reward model has another vocabulary than the policy, or other criteria than there are weights
-            for; a tuner does not fit.
+            for; a tuner does not fit; there is no base that both have.
     """
     weights = parse_weights(weights)
     if load_tokenizer(reward_path).get_vocab() != tokenizer.get_vocab():
@@ -68,13 +76,17 @@ def load_roles(
         )
     policy: Any = load_policy(policy_path, dtype=dtype, device=device)
     check_policy(policy, tokenizer, policy_path)
-    critic: Any = load_scalar_model(reward_path, dtype=dtype, device=device)
+    check_tuner(policy, tuner)
+    critic: Any
+    if one_base:
+        critic = load_scalar_adapter(reward_path, policy)
+    else:
+        critic = load_scalar_model(reward_path, dtype=dtype, device=device)
+        check_tuner(critic, tuner)
     check_weights(weights, score_head(critic).names, reward_path)
     check_scalar(critic, tokenizer, reward_path)
-    for model in (policy, critic):
-        check_tuner(model, tuner)
     of_value = weights if any(weights.values()) else dict.fromkeys(weights, 1.0)
-    return Roles(Policy(Full(policy)), Scorer(Full(critic), of_value), weights)
+    return Roles(Policy(Full(policy)), Scorer(Full(critic), of_value), weights, one_base=one_base)
 
 
 def with_rewards(roles: Roles, settings: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Roles:
@@ -94,20 +106,25 @@ def with_rewards(roles: Roles, settings: Any, tokenizer: Any, prompts: Sequence[
 def save_merged_bases(roles: Roles, tokenizer: Any, output: str | Path) -> None:
     """Folders under `output` for the bases that were merged from adapters; call it before `tune_roles`."""
     save_merged_base(roles.policy.model, tokenizer, output)
-    save_merged_base(roles.critic.model, tokenizer, Path(output) / "critic")
+    if roles.one_base:
+        share_name(roles.critic.model, roles.policy.model)
+    else:
+        save_merged_base(roles.critic.model, tokenizer, Path(output) / "critic")
 
 
 def tune_roles(roles: Roles, settings: TunerSettings) -> Roles:
     """Policy and critic with their tuners, which can go back to the loaded models.
 
-    In eval mode: dropout stays off, so that old and new log-probs differ by the update alone. Adapters are drawn from
-    torch's global generator.
+    A critic on the policy's base goes on with the reward model's adapter; `off` exchanges that with a copy of it as it
+    was loaded. In eval mode: dropout stays off, so that old and new log-probs differ by the update alone. Adapters are
+    drawn from torch's global generator.
     """
-    policy, critic = (tune(model, settings, keep_loaded=True) for model in (roles.policy.model, roles.critic.model))
-    tuned = Policy(policy).eval(), Scorer(critic, roles.critic.weights).eval()
-    for name, role in zip(("policy", "critic"), tuned, strict=True):
-        print(f"{name}: {describe(role, settings)}")
-    return roles._replace(policy=tuned[0], critic=tuned[1])
+    policy = tune(roles.policy.model, settings, keep_loaded=True)
+    model = roles.critic.model
+    critic = Full(model, keep_loaded=True) if roles.one_base else tune(model, settings, keep_loaded=True)
+    roles = roles._replace(policy=Policy(policy).eval(), critic=Scorer(critic, roles.critic.weights).eval())
+    print(*describe_roles(roles.policy, roles.critic, settings), sep="\n")
+    return roles
 
 
 @torch.no_grad()

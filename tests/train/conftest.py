@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import make_reward_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -78,3 +79,9 @@ def tiny_scalar(tmp_path_factory, tiny_tokenizer) -> Path:
     AutoModelForSequenceClassification.from_config(tiny_config(num_labels=1)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_adapter(tmp_path_factory, tiny_policy, tiny_tokenizer) -> Path:
+    """Folder of a reward model with one output that is a LoRA adapter on the tiny policy."""
+    return make_reward_adapter(tiny_policy, tmp_path_factory.mktemp("tiny") / "adapter", tiny_tokenizer)

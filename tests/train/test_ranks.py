@@ -54,7 +54,7 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
 
 
 @pytest.fixture(scope="module")
-def both(configs, tmp_path_factory, tiny_scalar):
+def both(configs, tmp_path_factory, tiny_scalar, tiny_reward_adapter):
     """For each job: (what one process saw, what two saw, output of one, output of two). All jobs in one launch."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     dropout = {"lora_dropout": 0.2, "max_steps": 6}
@@ -68,6 +68,7 @@ def both(configs, tmp_path_factory, tiny_scalar):
         "exact reward": ("reward", exact, {}),
         "criteria": ("reward", criteria, {}),
         "rewards": ("ppo", {"rewards": [f"0.5*{tiny_scalar}", "0.1*loops:brevity"]}, {}),
+        "one base": ("ppo", {"critic": "shared", "reward_model": str(tiny_reward_adapter)}, {}),
         "no targets": ("sft", exact, {"change": "no targets"}),
         "packed": ("sft", {"packing": "balanced", "max_length": 32}, {}),
         "one row": ("sft", {**exact, "batch_size": 1}, {}),
@@ -139,13 +140,13 @@ def assert_same_run(one: Path, two: Path, loss: float = LOSS, weight: float = WE
         torch.testing.assert_close(got[name], value, atol=weight, rtol=weight, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("name", [*LOOPS, "criteria", "rewards", "packed"])
+@pytest.mark.parametrize("name", [*LOOPS, "criteria", "rewards", "one base", "packed"])
 def test_two_processes_equal_one(both, name):
     """Batches of 5 and 4 rows, in shares of 3 and 2: the same records and weights, and the same weights on both."""
     alone, seen, one, two = both(name)
     assert alone["error"] is None is seen[0]["error"] is seen[1]["error"]
     assert seen[0]["hashes"] == seen[1]["hashes"] and len(seen[0]["hashes"]) == len(alone["hashes"]) > 0
-    tolerance = {"loss": 1e-4} if "ppo" in name or name == "rewards" else {}
+    tolerance = {"loss": 1e-4} if "ppo" in name or name in ("rewards", "one base") else {}
     assert_same_run(one, two, **tolerance)
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
 
