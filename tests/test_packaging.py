@@ -46,7 +46,9 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source_tree, tmp_path_factory):
-    """A wheel made from an sdist, as a packager would; without the CUDA kernels, with which `.ci/wheels` builds one."""
+    """FASTRL_WHEEL, or one made from an sdist, as a packager would, without the CUDA kernels."""
+    if "FASTRL_WHEEL" in os.environ:
+        return Path(os.environ["FASTRL_WHEEL"])
 
     def make(folder):
         build = [sys.executable, "-m", "build", "--no-isolation"]
@@ -60,7 +62,7 @@ def wheel(source_tree, tmp_path_factory):
     return wheel
 
 
-@pytest.mark.slow
+@pytest.mark.wheel
 def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(re.fullmatch(r"fastrl/_C\..*\.so", name) for name in names)
@@ -76,7 +78,7 @@ def test_wheel_contents(wheel):
     assert not any(name.startswith(("tests/", "kernels/", "benches/", "csrc/")) for name in names)
 
 
-@pytest.mark.slow
+@pytest.mark.wheel
 def test_wheel_works_in_a_clean_environment_outside_the_checkout(wheel, tmp_path):
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     clean = tmp_path / "venv/bin/python"

@@ -92,10 +92,11 @@ def test_a_broken_folder_is_one_line(kind, folder, tmp_path, capsys):
     damage(folder)
     capsys.readouterr()
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 8)
     run, out = tmp_path / "run", tmp_path / "out"
     for arguments in (
         ["sft", "--model", folder, "--data", tmp_path / "data.jsonl", "--output", run, "--max_length", 64],
-        ["reward", "--model", folder, "--data", tmp_path / "data.jsonl", "--output", run, "--max_length", 64],
+        ["reward", "--model", folder, "--data", tmp_path / "pairs.jsonl", "--output", run, "--max_length", 64],
         ["export", folder, out],
         ["chat", folder],
     ):

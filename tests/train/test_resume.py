@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from fastrl.run.metrics import MetricsLog
 from fastrl.run.resume import newest_state
 from fastrl.train import ppo
+from fastrl.train.ppo_state import kl_coef
 
 
 @pytest.fixture(params=LOOPS)
@@ -110,7 +111,7 @@ def test_a_changed_weight_of_the_kl_penalty_holds_from_the_next_step_on(loop, mo
     seen, original = set(), ppo.compute_advantages
 
     def watched(scored, mask, cfg, state):
-        seen.add(state.kl_coef)
+        seen.add(kl_coef(cfg, state))
         return original(scored, mask, cfg, state)
 
     monkeypatch.setattr(ppo, "compute_advantages", watched)
