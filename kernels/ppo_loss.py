@@ -20,6 +20,7 @@ from fastrl.kernels.maths import (
 )
 
 BLOCK = 2048
+AT_ONCE = 1024  # blocks whose parts are added at once
 
 # A block's part: n, then sums of policy, value, entropy, approx_kl, clipped, value_clipped, ratio (as in PPOStats);
 # the greatest ratio; mean and M2 of returns and of returns - values; the sum of kl.
@@ -176,5 +177,5 @@ def ppo_loss(
     )  # fmt: skip
     launch(
         ppo_totals_kernel, (1,), logprobs,
-        parts, blocks, denominator, vf_coef, ent_coef, loss, stats, COUNTED=counted, BLOCK=1024, num_warps=16,
+        parts, blocks, denominator, vf_coef, ent_coef, loss, stats, COUNTED=counted, BLOCK=AT_ONCE, num_warps=16,
     )  # fmt: skip
