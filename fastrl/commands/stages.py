@@ -53,9 +53,7 @@ def find_pipeline(name: str) -> Path:
         return known[name]
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise ValueError(f"run: pipeline: file not found: {name}")
-    raise ValueError(
-        f"run: pipeline: no file or recipe '{name}'{nearest(name, list(known)).replace('keys', 'recipes')}"
-    )
+    raise ValueError(f"run: pipeline: no file or recipe '{name}'{nearest(name, list(known), what='recipes')}")
 
 
 def read_stages(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Path, list[Stage]]:

@@ -239,12 +239,12 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def nearest(key: str, names: Sequence[str], prefix: str = "") -> str:
-    """What an error says of an unknown key: the known one that is nearest, or all of them."""
+def nearest(key: str, names: Sequence[str], prefix: str = "", *, what: str = "keys") -> str:
+    """What an error says of an unknown key (or `what` else): the known one that is nearest, or all of them."""
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if near:
         return f"; did you mean '{prefix}{near[0]}'?"
-    return f"; known keys: {', '.join(names)}"
+    return f"; known {what}: {', '.join(names)}"
 
 
 def _readable(message: str) -> str:

@@ -23,9 +23,7 @@ def check_trackers(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in TRACKERS:
-            raise ValueError(
-                f"tracker: unknown tracker '{name}'{nearest(name, list(TRACKERS)).replace('keys', 'ones')}"
-            )
+            raise ValueError(f"tracker: unknown tracker '{name}'{nearest(name, list(TRACKERS), what='ones')}")
         if find_spec(TRACKERS[name]) is None:
             raise ValueError(f"tracker: {name} is not installed: pip install {TRACKERS[name]}, or leave it out")
     return found

@@ -9,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastrl.cli import COMMANDS
+from fastrl.run.metrics import MetricsLog
 
 MODULES = {name: importlib.import_module(module) for name, (module, config, _) in COMMANDS.items() if config}
 MAINS = {name: (module.main, getattr(module, COMMANDS[name][1])) for name, module in MODULES.items()}  # and settings
@@ -55,3 +58,17 @@ def reported(folder: str, without: tuple[str, ...] = ()) -> list[dict[str, Any]]
     unwanted = ("tokens_per_s", "peak_mem_gib", *without)
     lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in r.items() if k not in unwanted and not k.startswith("time_")} for r in lines]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, main: Callable[[Any], Any], cfg: Any, step: int) -> None:
+    """Runs until the training record of `step` would be written."""
+    write = MetricsLog.write
+
+    def stop(self: MetricsLog, at: int, kind: str = "train", **metrics: Any) -> None:
+        if at == step and kind == "train":
+            raise KeyboardInterrupt
+        write(self, at, kind, **metrics)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MetricsLog, "write", stop)
+        main(cfg)

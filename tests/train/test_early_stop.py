@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import reported, tiny_run
+from loops import interrupt, reported, tiny_run
 from safetensors.torch import load_file
 
 from fastrl.run.masters import trained
-from fastrl.run.metrics import MetricsLog
 from fastrl.train import reward
 
 ACCURACIES = {0: 0.5, 1: 0.6, 2: 0.8, 3: 0.7, 4: 0.8, 5: 0.9, 6: 0.1}  # the best of the first five comes at step 2
@@ -70,20 +69,6 @@ def test_adapters_and_their_head_come_back(config):
     assert len(named) > 4 and all(torch.equal(saved[name], tensor) for name, tensor in named.items())
 
 
-def interrupt(monkeypatch, cfg, step):
-    """Runs until the training record of `step` would be written."""
-    write = MetricsLog.write
-
-    def stop(self, at, kind="train", **metrics):
-        if at == step and kind == "train":
-            raise KeyboardInterrupt
-        write(self, at, kind, **metrics)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(MetricsLog, "write", stop)
-        reward.main(cfg)
-
-
 @pytest.mark.parametrize("save_every", [1, 3])
 def test_a_resumed_run_stops_at_the_same_step_with_the_same_weights(config, monkeypatch, tmp_path, save_every):
     cfg, _ = config
@@ -91,7 +76,7 @@ def test_a_resumed_run_stops_at_the_same_step_with_the_same_weights(config, monk
     whole = replace(cfg, output=str(tmp_path / "whole"))
     reward.main(whole)
     for step in (2, 3, 4):
-        interrupt(monkeypatch, replace(cfg, resume=True), step)
+        interrupt(monkeypatch, reward.main, replace(cfg, resume=True), step)
     metrics = reward.main(replace(cfg, resume=True))
     assert (metrics["steps"], metrics["best_step"]) == (4, 2)
     want, got = backbone(whole.output), backbone(cfg.output)

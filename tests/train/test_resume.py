@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import LOOPS, everything, reported, tiny_run
+from loops import LOOPS, everything, interrupt, reported, tiny_run
 from safetensors.torch import load_file
 
-from fastrl.run.metrics import MetricsLog
 from fastrl.run.resume import newest_state
 from fastrl.train import ppo
 from fastrl.train.ppo_state import kl_coef
@@ -23,20 +22,6 @@ def loop(request, tmp_path, tiny_policy, tiny_scalar):
     if main is ppo.main:
         return main, replace(cfg, iterations=6, eval_every=2)
     return main, replace(cfg, max_steps=6, eval_every=2, save_every=2, lora_dropout=0.2)
-
-
-def interrupt(monkeypatch, main, cfg, step):
-    """Runs until the training record of `step` would be written."""
-    write = MetricsLog.write
-
-    def stop(self, at, kind="train", **metrics):
-        if at == step and kind == "train":
-            raise KeyboardInterrupt
-        write(self, at, kind, **metrics)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(MetricsLog, "write", stop)
-        main(cfg)
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
