@@ -1,4 +1,4 @@
-"""The measuring itself: the check before the clock, the memory, the CSV, the tables of the README."""
+"""The measuring itself: the check before the clock, the memory, the CSV, the tables and the plot made of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from additions import addition
 
-from fastrl.benches import bench_train, harness, machine, memory, records, tables
+from fastrl.benches import bench_train, harness, machine, memory, plot, records, tables
 from fastrl.benches.train_workload import Settings
 from fastrl.commands import bench
 from fastrl.ops import backend
@@ -317,12 +317,41 @@ def test_readme_tables_come_from_the_csv(tmp_path):
         tables.fill(text.replace("cpu.csv", "no.csv"), tmp_path)
 
 
-def test_readme_agrees_with_the_committed_csv():
-    readme = ROOT / "README.md"
-    if not readme.exists() or not tables.MARKERS.search(readme.read_text()):
-        pytest.skip("README.md has no bench tables")
-    text = readme.read_text()
+def test_the_columns_of_the_ops_come_from_the_csv(tmp_path):
+    rows = [
+        row | {"op": "gae", "device": "d", "threads": "2", "peak_extra_mib": "3"}
+        for row in measure(square_case()).values()
+    ]
+    rows[0] |= {"peak_extra_mib": "10"}
+    fast, slow = (
+        [dict(row, shape=name, speedup=speedup) for row in rows] for name, speedup in (("a", "29.6"), ("b", "0.257"))
+    )
+    records.write(tmp_path / "cpu.csv", fast + slow)
+    text = "<!-- ops cpu.csv,none.csv -->\n| op | equals | CPU | H100 |\n| {} | a loop | {} | {} |\n{}"
+    end = "<!-- /ops cpu.csv,none.csv -->\n"
+    filled = text.format("[`gae`](gae.md)", "0.26x to 30x, up to 7 MiB less", "not yet measured", end)
+    assert tables.fill(text.format("[`gae`](gae.md)", "old", "old", end), tmp_path) == filled
+    assert "not yet measured | not yet" in tables.fill(text.format("`ppo_loss`", "old", "old", end), tmp_path)
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tables_agree_with_the_committed_results(page):
+    text = page.read_text()
+    assert tables.MARKERS.search(text), "no tables"
     assert tables.fill(text) == text, "run python -m fastrl.benches.tables"
+
+
+def test_the_plot_agrees_with_the_committed_csv():
+    for path in tables.RESULTS.glob("*.svg"):
+        assert plot.svg(records.read(path.with_suffix(".csv"))) == path.read_text(), "run python -m fastrl.benches.plot"
+
+
+def test_every_case_is_a_dot_of_the_plot():
+    rows = records.read(tables.RESULTS / "cpu.csv")
+    cases = [row for row in rows if row["provider"] == "fastrl cpu"]
+    drawn = plot.svg(rows)
+    assert drawn.count("<circle") == len(cases)
+    assert drawn.count('class="slower"') == sum(float(row["speedup"]) < 1 for row in cases)
 
 
 @pytest.mark.slow
