@@ -398,12 +398,14 @@ def test_a_peer_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_train_bench_runs_both_peers_on_the_same_work(tmp_path):
+@pytest.mark.parametrize("peers", [("SFT step, LoRA", "fastrl loop"), ("Trainer step, LoRA", "fastrl callback")])
+def test_train_bench_runs_both_peers_on_the_same_work(tmp_path, peers):
     path = tmp_path / "train.csv"
     small = "--hidden 32 --layers 1 --heads 2 --kv-heads 1 --intermediate 64 --vocab 100 --batch 4 --minibatch 4"
     rest = "--prompt 8 --response 8 --iterations 1 --repeats 1 --threads 1"
-    bench_train.main(["--csv", str(path), "--task", "SFT step, LoRA", *small.split(), *rest.split()])
+    task, ours = peers
+    bench_train.main(["--csv", str(path), "--task", task, *small.split(), *rest.split()])
     rows = {row["provider"]: row for row in records.read(path)}
-    assert set(rows) == {"transformers + peft", "fastrl loop"}
+    assert set(rows) == {"transformers Trainer + peft" if "Trainer" in task else "transformers + peft", ours}
     assert all(row["status"] == "ok" and float(row["rate"]) > 0 for row in rows.values())
-    assert float(rows["fastrl loop"]["error"]) < 1e-4
+    assert float(rows[ours]["error"]) < 1e-4

@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
 from fastrl.checks import is_plain
+from fastrl.models.head_patch import HeadPatch
 from fastrl.ops.backend import transforming
 from fastrl.ops.lora_linear import lora_linear
 
@@ -79,10 +80,12 @@ FusedLinear.__name__, FusedLinear.__qualname__, FusedLinear.__module__ = "Linear
 
 
 class Patch:
-    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `undo()`.
+    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `head`, `undo()`.
 
     Also a context manager that undoes on exit.
     """
+
+    head: HeadPatch | None = None  # of `fastrl.patch(model, head=True)`
 
     def __init__(self, modules: dict[str, FusedLinear], skipped: dict[str, str]) -> None:
         self._modules = modules
@@ -90,7 +93,9 @@ class Patch:
         self.skipped = skipped
 
     def undo(self) -> None:
-        """Gives every layer PEFT's forward back; a second call does nothing."""
+        """Gives every layer PEFT's forward back, and the model its own head; a second call does nothing."""
+        if self.head is not None:
+            self.head.undo()
         for module in self._modules.values():
             if type(module) is FusedLinear:
                 module.__class__ = Linear  # type: ignore[assignment]
@@ -107,7 +112,8 @@ class Patch:
 
     def __repr__(self) -> str:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(self.skipped.values()).items())
-        return f"<fastrl.patch: {len(self)} layers fused" + (f"; kept: {reasons}>" if reasons else ">")
+        head = " and the head" if self.head is not None else ""
+        return f"<fastrl.patch: {len(self)} layers{head} fused" + (f"; kept: {reasons}>" if reasons else ">")
 
 
 def patch(model: nn.Module) -> Patch:
