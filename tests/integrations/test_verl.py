@@ -340,27 +340,36 @@ def test_without_verl_patch_says_what_to_install(monkeypatch):
     verl.unpatch()
 
 
-def test_verls_own_trainer_computes_the_same_patched(monkeypatch):
-    """Through verl's compute_advantage, as its trainer calls it."""
+def test_verls_own_trainer_computes_the_same_patched():
+    """Through verl's compute_advantage and get_policy_loss_fn, with its ActorConfig, as its trainer and workers do."""
     trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer", exc_type=ImportError)
-    core = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+    settings = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.28)
+    settings.global_batch_info.update(GLOBAL, loss_scale_factor=None)
     rewards, values = critic_batch()
+    logprobs, old, _ = policy_batch()
 
-    def advantages():
+    def results(loss_mode):
         batch = {"token_level_rewards": rewards, "values": values, "response_mask": MASK}
-        data = SimpleNamespace(batch=dict(batch), non_tensor_batch={})
-        return trainer.compute_advantage(data, core.AdvantageEstimator.GAE, 1.0, 0.95, config={}).batch
+        data = SimpleNamespace(batch=batch, non_tensor_batch={})
+        batch = trainer.compute_advantage(data, core_algos.AdvantageEstimator.GAE, 1.0, 0.95, config={}).batch
+        loss_of = core_algos.get_policy_loss_fn(loss_mode)
+        arguments = {"log_prob": logprobs, "old_log_prob": old, "advantages": batch["advantages"]}
+        loss, metrics = loss_of(**arguments, response_mask=KEPT, loss_agg_mode="token-mean", config=settings)
+        kept = [batch[key][KEPT] for key in ("advantages", "returns")]
+        return [*kept, loss, gradient(loss, logprobs), torch.tensor(list(metrics.values()))], list(metrics)
 
-    before, own = advantages(), core.compute_gae_advantage_return
+    (before, names), own = results("vanilla"), core_algos.compute_gae_advantage_return
     verl.patch()
     try:
-        after = advantages()
-        assert core.get_policy_loss_fn("fastrl") is verl.compute_policy_loss_vanilla
+        assert core_algos.compute_gae_advantage_return is not own
+        after, same_names = results("fastrl")
     finally:
         verl.unpatch()
-    for key in ("advantages", "returns"):
-        torch.testing.assert_close(after[key][KEPT], before[key][KEPT], rtol=1e-5, atol=1e-6)
-        assert (after[key][~KEPT] == 0).all()
-    assert core.compute_gae_advantage_return is own and core.get_adv_estimator_fn("gae") is own
+    assert names == same_names
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    assert core_algos.compute_gae_advantage_return is own and core_algos.get_adv_estimator_fn("gae") is own
     with pytest.raises(ValueError):
-        core.get_policy_loss_fn("fastrl")
+        core_algos.get_policy_loss_fn("fastrl")
