@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastrl.integrations.trl.ppo_fields import CHANGED, COMPUTED, DEFAULTS, DROPPED, SAME
 from fastrl.run.config import checked, nearest
@@ -55,7 +56,7 @@ def ppo_config(arguments: Any, **settings: Any) -> Migration:
     """
     given = _given(arguments)
     args = DEFAULTS | given
-    changed = {name: CHANGED[name] for name in given if name in CHANGED}
+    changed = {name: CHANGED[name] for name, value in given.items() if name in CHANGED and not _is_off(value)}
     carried = DEFAULTS.keys() - DROPPED.keys() | COMPUTED
     dropped = {name: _reason(name) for name, value in given.items() if name not in carried and not _is_off(value)}
     found: dict[str, Any] = {ours: args[theirs] for theirs, ours in SAME.items()}
@@ -86,7 +87,14 @@ def _given(arguments: Any) -> dict[str, Any]:
 
 def _default(field: Any) -> Any:
     """What TRL's documentation calls the default; some are filled in when a configuration is made."""
-    made = {"bf16": True, "report_to": [], "disable_tqdm": False, "output_dir": "trainer_output"}
+    made = {
+        "bf16": True,
+        "report_to": [],
+        "disable_tqdm": False,
+        "output_dir": "trainer_output",
+        "activation_checkpointing": True,
+        "accelerator_config": AcceleratorConfig(),
+    }
     if field.name in made:
         return made[field.name]
     return field.default if field.default_factory is MISSING else field.default_factory()

@@ -115,6 +115,7 @@ DROPPED = {
     "optim": "AdamW, in float32",
     "adam_beta1": "0.9",
     "adam_beta2": "0.999",
+    "activation_checkpointing": "PPO keeps its activations; lower micro_batch_size",
     "gradient_checkpointing": "PPO keeps its activations; lower micro_batch_size",
     "max_steps": "set iterations",
     "save_steps": "a checkpoint is kept at each evaluation: eval_every",
