@@ -79,7 +79,7 @@ def make_trainer(kind: str, model: Any, output: Path, *, lora: bool = False, **s
     options: dict[str, Any] = {
         "output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05,
         "optim": "sgd", "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "disable_tqdm": True, "gradient_checkpointing": False,
+        "disable_tqdm": True, "gradient_checkpointing": False, "max_grad_norm": 1e6,
     }  # fmt: skip
     arguments: dict[str, Any] = {"train_dataset": Dataset.from_list(records(kind))}
     if kind in ("grpo", "rloo"):
