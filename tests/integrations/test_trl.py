@@ -140,6 +140,19 @@ def test_the_head_gives_what_trls_gives(outputs, cap, patched):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.skipif(HAS_FUSED_HEAD, reason="TRL from 1.15 has outputs")
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_head_before_1_15_gives_what_trls_gives(cap, patched):
+    """That of the asynchronous GRPO; its entropy has no gradient."""
+    hidden, weight, _, targets, upstream = head_inputs()
+    values = []
+    for function in (utils._ChunkedLogProbFunction, ORIGINAL):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        log_probs, entropy = function.apply(*leaves, targets, 0.7, 64, cap, 0.5)
+        values.append((log_probs, entropy, *torch.autograd.grad((log_probs * upstream[0]).sum(), leaves)))
+    torch.testing.assert_close(*values, rtol=2e-5, atol=2e-5)
+
+
 @with_fused_head
 def test_the_rarer_outputs_are_trls_own(patched):
     case, outputs = head_inputs(), ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -75,6 +75,7 @@ def make_trainer(kind: str, model: Any, output: Path, *, lora: bool = False, **s
     """TRL's trainer; SGD, so that parameters differ by no more than gradients do."""
     import trl
 
+    torch.manual_seed(0)  # adapters are drawn
     trainer_class, config_class = (getattr(trl, name) for name in CLASSES[kind])
     options: dict[str, Any] = {
         "output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05,
