@@ -17,8 +17,9 @@ import fastrl
 from fastrl.models import lora as integration
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def calls(monkeypatch):
+    """Every size goes to the op; the line that small batches take is in tests/integrations/test_peft.py."""
     return fused_calls(monkeypatch)
 
 

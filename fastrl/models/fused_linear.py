@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
@@ -18,6 +20,10 @@ QUANTISED = (
     "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear", "EetqLoraLinear",
     "HqqLoraLinear", "IncLoraLinear", "TorchaoLoraLinear",
 )  # fmt: skip
+
+# Rows below which, on a CPU, PEFT's line costs less than the op's call and products: without and with gradients
+# (benches/NOTES.md).
+LINE_ROWS = {False: 48, True: 128}
 
 
 class FusedLinear(Linear):
@@ -34,15 +40,13 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         parts: Any = self._modules
         base, dropout = parts["base_layer"]._parameters, parts["lora_dropout"]._modules[name]
-        return lora_linear(
-            x,
-            base["weight"],
-            parts["lora_A"]._modules[name]._parameters["weight"],
-            parts["lora_B"]._modules[name]._parameters["weight"],
-            self.scaling[name],
-            bias=base["bias"],
-            dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-        )
+        weight, bias, scaling = base["weight"], base["bias"], self.scaling[name]
+        lora_a = parts["lora_A"]._modules[name]._parameters["weight"]
+        lora_b = parts["lora_B"]._modules[name]._parameters["weight"]
+        share = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        if x.numel() < LINE_ROWS[torch.is_grad_enabled()] * x.shape[-1] and _may_choose(x):
+            return _line(x, weight, bias, lora_a, lora_b, scaling, share)
+        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout=share)
 
     def fusable_adapter(self) -> tuple[str, str]:
         """(the one active adapter, "") if `lora_linear` computes what PEFT would; else ("", the reason)."""
@@ -102,6 +106,21 @@ def why_not(layer: LoraLayer) -> str:
     if type(layer.base_layer) is not nn.Linear:
         return f"its base layer is a {type(layer.base_layer).__name__}"
     return ""
+
+
+def _may_choose(x: torch.Tensor) -> bool:
+    """Whether the choice is free: a GPU's calls were not measured, and a request for a backend is the op's to meet."""
+    return x.device.type == "cpu" and not os.environ.get("FASTRL_BACKEND")
+
+
+def _line(x, weight, bias, lora_a, lora_b, scaling, dropout):
+    """What PEFT's forward computes of these, to the bit, without the calls of its modules."""
+    y = F.linear(x, weight, bias)
+    z = x if x.dtype == lora_a.dtype else x.to(lora_a.dtype)
+    if dropout:
+        z = F.dropout(z, dropout)
+    out = y + F.linear(F.linear(z, lora_a), lora_b) * scaling
+    return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
 def _is_plain(linear: nn.Module) -> bool:

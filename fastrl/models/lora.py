@@ -58,11 +58,11 @@ class Patch:
         """Gives every layer PEFT's forward back; a second call does nothing.
 
         Raises:
-            RuntimeError: the class of a layer was changed by something else since; nothing is undone.
+            ValueError: the class of a layer was changed by something else since; nothing is undone.
         """
         for name, module in self._modules.items():
             if isinstance(module, FusedLinear) and type(module) is not FusedLinear:
-                raise RuntimeError(
+                raise ValueError(
                     f"fastrl.patch: undo: {name}: expected the layer as it was patched, got a {type(module).__name__}"
                     " on top of it; undo what was done to the model since, last first"
                 )
@@ -85,29 +85,32 @@ class Patch:
         return f"<fastrl.patch: {len(self)} layers fused" + (f"; kept: {reasons}>" if reasons else ">")
 
 
-def patch(model: nn.Module) -> Patch:
+def patch(model: nn.Module, *, expect_layers: bool = True) -> Patch:
     """Computes the LoRA linear layers of a PEFT model with `fastrl.ops.lora_linear`, in place.
 
     Parameters, state dict, hooks, names, `disable_adapter()`, merging, saving and loading stay PEFT's own; a copy is
-    fused like its model, a pickle holds PEFT's layers. A layer whose state
-    asks for more than one plain adapter on a plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other
-    variants, `lora_bias`, hooks on its parts) runs PEFT's forward for as long as it does. Layers of other types are
-    left alone; so are quantised ones. Two differences from PEFT: float32 adapters on a half-precision base are used
-    in the base's dtype (their gradients are float32), and dropout masks come from another generator.
+    fused like its model, a pickle holds PEFT's layers. A layer whose state asks for more than one plain adapter on a
+    plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on its parts)
+    runs PEFT's forward for as long as it does. Layers of other types, quantised ones among them, are left alone.
+
+    A small batch on a CPU has PEFT's bits. Else two things differ: float32 adapters on a half-precision base are used
+    in the base's dtype, so that their gradients, float32 as well, are rounded to it on the way (relative error 3e-3 in
+    bfloat16; outputs err as PEFT's do), and dropout masks come from another generator.
 
         model = peft.get_peft_model(model, config)
         fastrl.patch(model)
 
     Args:
         model: any module that holds `peft.tuners.lora` layers, wrapped or not, on any device; may be patched again
-            after adapters were added. One without such layers is left as it is, with a warning.
+            after adapters were added.
+        expect_layers: whether to warn where the model has no such layers, and so nothing is done.
     Returns:
         A `Patch`: its `layers`, `skipped` with the reasons, `summary()` and `undo()`.
     Raises:
         RuntimeError: the installed PEFT has another lora.Linear than this code knows; nothing is changed.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not layers:
+    if expect_layers and not layers:
         warnings.warn(
             f"fastrl.patch: model: expected LoRA layers of PEFT, found none in a {type(model).__name__}; "
             "call patch after peft.get_peft_model",
