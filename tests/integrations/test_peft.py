@@ -80,6 +80,25 @@ def test_the_summary_counts_and_names_what_is_left_alone(calls):
     assert handle.summary().splitlines()[0] == "fastrl.patch: 5 LoRA layers, 0 fused by this patch (undone)"
 
 
+@pytest.mark.parametrize("flag", [False, True], ids=["lora.Linear", "lora.Linear4bit"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_layers_on_weights_of_bitsandbytes_stay_pefts(registered, flag):
+    """Four bits, on a CPU. PEFT takes its own class for them if the model says that it was loaded so."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    net = nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32), nn.Linear(64, 64))
+    net[0].weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False).to("cpu")
+    net.is_loaded_in_4bit = flag
+    config = peft.LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    model = peft.get_peft_model(net, register(config) if registered else config)
+    x = torch.randn(200, 64)
+    want = model(x)
+    reason = "its base is quantised (lora.Linear4bit)" if flag else "its base layer is a Linear4bit"
+    assert fastrl.patch(model).skipped["base_model.model.0"] == reason
+    assert isinstance(model.base_model.model[1], FusedLinear)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+
+
 def several(model):
     model.base_model.set_adapter(["default", "second"])
 

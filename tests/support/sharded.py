@@ -13,19 +13,19 @@ from torch.distributed.fsdp import fully_shard
 import fastrl
 from fastrl.models import fused_linear
 
+ORDERS = (["shard"], ["patch", "shard"], ["shard", "patch"])
 BATCH = torch.arange(4 * 100).reshape(4, 100) * 7 % 64  # half of it for each of two ranks
 
 
-def train(patched: bool, sharded: bool, rank: int = 0, ranks: int = 1) -> dict:
-    """Losses of four AdamW steps on a share of the batch, and how often the fused op ran."""
+def train(order: list[str], rank: int = 0, ranks: int = 1) -> dict:
+    """Losses of four AdamW steps on a share of the batch, and how often the fused op ran.
+
+    `order`: what is done to the model first, "patch" and "shard" or one of them.
+    """
     model = with_lora(tiny_llama())
     with mock.patch.object(fused_linear, "lora_linear", wraps=fused_linear.lora_linear) as fused:
-        if patched:
-            fastrl.patch(model)
-        if sharded:
-            for layer in model.base_model.model.model.layers:
-                fully_shard(layer)
-            fully_shard(model)
+        for act in order:
+            {"patch": fastrl.patch, "shard": shard}[act](model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
         for _ in range(4):
@@ -38,10 +38,16 @@ def train(patched: bool, sharded: bool, rank: int = 0, ranks: int = 1) -> dict:
     return {"losses": losses, "calls": fused.call_count}
 
 
+def shard(model) -> None:
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
 def main(output: str) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    seen = {name: train(patched, True, rank, ranks) for name, patched in (("peft", False), ("patched", True))}
+    seen = {" ".join(order): train(order, rank, ranks) for order in ORDERS}
     Path(f"{output}.{rank}").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
