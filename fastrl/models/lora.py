@@ -27,7 +27,8 @@ PARTS = (
 
 
 class Patch:
-    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `head`, `summary()`, `undo()`.
+    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `head`, `summary()` and
+    `undo()`.
 
     Also a context manager that undoes on exit.
     """
