@@ -16,6 +16,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
 from fastrl.models.fused_linear import FusedLinear, why_not
+from fastrl.models.head_patch import HeadPatch
 
 TESTED = ("0.20", "0.22")  # PEFT, from and up to but not including
 # What FusedLinear reads of PEFT's layer.
@@ -26,10 +27,13 @@ PARTS = (
 
 
 class Patch:
-    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `summary()`, `undo()`.
+    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `head`, `summary()` and
+    `undo()`.
 
     Also a context manager that undoes on exit.
     """
+
+    head: HeadPatch | None = None  # of `fastrl.patch(model, head=True)`
 
     def __init__(self, modules: dict[str, FusedLinear], skipped: dict[str, str]) -> None:
         self._modules = modules
@@ -47,6 +51,8 @@ class Patch:
         lines = [f"fastrl.patch: {len(self.layers) + len(self.skipped)} LoRA layers, {len(fused)} fused by this patch"]
         if self.layers and not self._modules:
             lines[0] += " (undone)"
+        if self.head is not None:
+            lines.append("  the head: loss and log-probs without logits")
         lines += _counted(self.skipped, "left alone")
         lines += _counted({name: reason for name, reason in reasons.items() if reason}, "run PEFT's forward for now")
         lines += _counted({name: text for name in fused if (text := _casts(self._modules[name]))}, "note")
@@ -55,10 +61,10 @@ class Patch:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Gives every layer PEFT's forward back; a second call does nothing.
+        """Gives every layer PEFT's forward back, and the model its own head; a second call does nothing.
 
         Raises:
-            ValueError: the class of a layer was changed by something else since; nothing is undone.
+            ValueError: a layer's class or the model's forward was changed by something else since; nothing is undone.
         """
         for name, module in self._modules.items():
             if isinstance(module, FusedLinear) and type(module) is not FusedLinear:
@@ -66,6 +72,8 @@ class Patch:
                     f"fastrl.patch: undo: {name}: expected the layer as it was patched, got a {type(module).__name__}"
                     " on top of it; undo what was done to the model since, last first"
                 )
+        if self.head is not None:
+            self.head.undo()
         for module in self._modules.values():
             if type(module) is FusedLinear:
                 module.__class__ = Linear  # type: ignore[assignment]
@@ -82,7 +90,8 @@ class Patch:
 
     def __repr__(self) -> str:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(self.skipped.values()).items())
-        return f"<fastrl.patch: {len(self)} layers fused" + (f"; kept: {reasons}>" if reasons else ">")
+        head = " and the head" if self.head is not None else ""
+        return f"<fastrl.patch: {len(self)} layers{head} fused" + (f"; kept: {reasons}>" if reasons else ">")
 
 
 def patch(model: nn.Module, *, expect_layers: bool = True) -> Patch:
