@@ -51,13 +51,13 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
 def trainer(folder: Any, model: Any, **options: Any) -> transformers.Trainer:
     own = {name: options.pop(name) for name in ("callbacks", "compute_loss_func", "compute_metrics") if name in options}
     settings = {
-        "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0,
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0,
         "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True, "save_strategy": "no",
         "disable_tqdm": True, "logging_strategy": "steps",
     }  # fmt: skip
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**settings, **options})
     return transformers.Trainer(
-        model=model, args=arguments, train_dataset=examples(80), eval_dataset=examples(6), **own
+        model=model, args=arguments, train_dataset=examples(48), eval_dataset=examples(6), **own
     )
 
 
