@@ -18,7 +18,7 @@ def patch(model, *, head=False, eval_logits=True, **options):
     from fastrl.models.lora import patch as patch_layers
 
     fused_head = patch_head(model, eval_logits=eval_logits) if head else None
-    handle = patch_layers(model, **options)
+    handle = patch_layers(model, **{"expect_layers": not head, **options})
     handle.head = fused_head
     return handle
 
