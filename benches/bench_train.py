@@ -1,4 +1,4 @@
-"""PPO updates and SFT steps of the loops against TRL 1.12 (the last with PPO) and transformers + PEFT.
+"""PPO updates, SFT steps and steps of transformers' Trainer, beside TRL 1.12 (the last with PPO) and plain PEFT.
 
     python -m fastrl.benches.bench_train --trl-python /path/to/venv-with-trl-1.12/bin/python
 
@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastrl.benches.train_workload import Settings
 HERE = Path(__file__).resolve().parent
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of what the peers report before their times count
 OURS, PLAIN, TRL = "fastrl.benches.train_fastrl", "fastrl.benches.train_transformers", "train_trl.py"
+TRAINER = "fastrl.benches.train_trainer"
 PEERS = {  # task -> (provider, program, its argument), baseline first
     "PPO update, LoRA": [
         ("trl + peft", TRL, "ppo-lora"),
@@ -51,19 +53,30 @@ PEERS = {  # task -> (provider, program, its argument), baseline first
         ("transformers + liger", PLAIN, "sft-full-liger"),
         ("fastrl loop", OURS, "sft-full"),
     ],
+    "Trainer step, LoRA": [
+        ("transformers Trainer + peft", TRAINER, "lora"),
+        ("fastrl callback", TRAINER, "lora-fastrl"),
+    ],
 }
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m fastrl.benches.bench_train", description=__doc__.split("\n")[0])
-    parser.add_argument("--trl-python", help="interpreter that has trl==1.12.0 and peft; without it no TRL rows")
-    parser.add_argument("--task", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--repeats", type=int, default=2, help="turns that every peer gets")
-    parser.add_argument("--csv", type=Path, default=Path("fastrl-bench/train.csv"), help="CSV to update")
+def parser(name: str, description: str, tasks: Iterable[str], settings: Settings, csv: str) -> argparse.ArgumentParser:
+    """The options of a bench of whole updates; of the workload's settings, those given are the defaults."""
+    options = argparse.ArgumentParser(prog=f"python -m fastrl.benches.{name}", description=description.split("\n")[0])
+    options.add_argument("--task", nargs="+", choices=list(tasks), default=list(tasks))
+    options.add_argument("--repeats", type=int, default=2, help="turns that every peer gets")
+    options.add_argument("--csv", type=Path, default=Path(csv), help="CSV to update")
+    options.set_defaults(trl_python=None)
     for setting in fields(Settings):
         flag = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(setting.default), default=setting.default)
-    return parser.parse_args(argv)
+        options.add_argument(flag, type=type(setting.default), default=getattr(settings, setting.name))
+    return options
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    options = parser("bench_train", __doc__, PEERS, Settings(), "fastrl-bench/train.csv")
+    options.add_argument("--trl-python", help="interpreter that has trl==1.12.0 and peft; without it no TRL rows")
+    return options.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,16 +86,18 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         train_workload.write(Path(folder), settings)
         for task in args.task:
-            rows += measure(task, Path(folder), settings, args)
+            peers = [peer for peer in PEERS[task] if is_here(peer, settings, args)]
+            rows += measure(task, peers, Path(folder), settings, args)
             records.write(args.csv, records.merge(records.read(args.csv), rows))
     print(f"{records.table(rows)}\n\n{args.csv} written")
     if bad := [f"{row['op']}: {row['provider']}: {row['status']}" for row in rows if row["status"] != "ok"]:
         sys.exit("\n".join(["not every peer ran and agreed:", *bad]))
 
 
-def measure(task: str, folder: Path, settings: Settings, args: argparse.Namespace) -> list[records.Row]:
+def measure(
+    task: str, peers: list[tuple[str, str, str]], folder: Path, settings: Settings, args: argparse.Namespace
+) -> list[records.Row]:
     """One row per peer of `task`; the first that works is the baseline."""
-    peers = [peer for peer in PEERS[task] if is_here(peer, settings, args)]
     reports, failures = run_in_turn(task, peers, folder, settings, args)
     environment = machine.environment(settings.device)
     if settings.device == "cpu":
@@ -133,11 +148,11 @@ def run_in_turn(
 
 
 def figures(reports: list[dict], base: list[dict], tokens: int) -> dict[str, str]:
-    """Times, rate and memory of a peer, from its reports and those of the baseline."""
+    """Times, rate and memory of a peer, from its reports, which may count tokens of their own, and the baseline's."""
     p20, p50, p80 = percentiles(all_seconds(reports))
     return {f"ms_p{p}": number(1e3 * value) for p, value in ((20, p20), (50, p50), (80, p80))} | {
         "speedup": number(percentiles(all_seconds(base))[1] / p50),
-        "rate": number(tokens / p50),
+        "rate": number(reports[0].get("tokens", tokens) / p50),
         "unit": "tokens/s",
         "peak_mib": number(max(report["peak_mib"] for report in reports)),
         "peak_extra_mib": number(max(report["peak_mib"] - report["imported_mib"] for report in reports)),

@@ -86,7 +86,8 @@ def autocast(
 
 
 def head_logprobs(
-    hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, return_top1, backend
+    hidden, weight, bias, lora, token_ids, mask, temperature, softcap, return_entropy, return_top1, backend,
+    detach_entropy=False,
 ):  # fmt: skip
     """What linear_logprobs returns, by a native backend, of arguments that are checked."""
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
@@ -95,7 +96,7 @@ def head_logprobs(
     )
     return _HeadLogprobs.apply(
         hidden, weight, bias, lora_a, lora_b, token_ids, mask, (float(scaling), temperature, softcap), return_entropy,
-        return_top1, needs_direction, backend,
+        return_top1, detach_entropy, needs_direction, backend,
     )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, lora_a, lora_b, token_ids, mask, options, return_entropy, return_top1,
-        needs_direction, backend,
+        detach_entropy, needs_direction, backend,
     ):  # fmt: skip
         shape = hidden.shape[:-1]
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -114,8 +115,9 @@ class _HeadLogprobs(torch.autograd.Function):
         row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
         entropy = hidden.new_empty(shape, dtype=torch.float32) if return_entropy else None
         top1 = hidden.new_empty(shape, dtype=torch.bool) if return_top1 else None
+        with_gradient = return_entropy and not detach_entropy
         direction = hidden.new_empty((count, width)) if needs_direction else None
-        entropy_direction = hidden.new_empty((count, width)) if needs_direction and return_entropy else None
+        entropy_direction = hidden.new_empty((count, width)) if needs_direction and with_gradient else None
         head_forward(
             backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
             logprobs.view(-1), row_stats, *(None if t is None else t.view(-1) for t in (entropy, top1)),
@@ -126,11 +128,13 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, lora_a, lora_b, token_ids, mask, row_stats,
             logprobs.reshape(-1).clone() if needs_outputs else None,
-            entropy.reshape(-1).clone() if needs_outputs and entropy is not None else None,
+            entropy.reshape(-1).clone() if needs_outputs and with_gradient else None,
             direction, entropy_direction,
         )  # fmt: skip
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
+        if entropy is not None and detach_entropy:
+            ctx.mark_non_differentiable(entropy)
         return logprobs if entropy is None and top1 is None else present(logprobs, entropy, top1)
 
     @staticmethod
@@ -141,7 +145,7 @@ class _HeadLogprobs(torch.autograd.Function):
         row_stats, logprobs, entropy, direction, entropy_direction = results
         need_hidden, need_weight, need_bias, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
         if dlogprobs is None and dentropy is None:
-            return (None,) * 12
+            return (None,) * 13
         dlogprobs = row_stats.new_zeros(len(row_stats)) if dlogprobs is None else dlogprobs.reshape(-1).contiguous()
         dentropy = None if dentropy is None else dentropy.reshape(-1).contiguous()
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -159,7 +163,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 ctx.backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *ctx.options, row_stats, logprobs,
                 None if dentropy is None else entropy, dlogprobs, dentropy, dweight, dbias, dlora_b,
             )  # fmt: skip
-        return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None, None, None
+        return dhidden, dweight, dbias, dlora_a, dlora_b, *(None,) * 8
 
 
 def input_gradients(

@@ -85,7 +85,7 @@ def forward(
     for begin, end in _spans(len(x), CHUNK_ROWS if parameters is None else parameters.chunk_rows):
         results = _forward_chunk(
             x[begin:end], head, token_ids[begin:end], temperature, softcap, entropy is not None, top1 is not None,
-            direction is not None, upstream, parameters,
+            direction is not None, entropy_direction is not None, upstream, parameters,
         )  # fmt: skip
         for output, result in zip(outputs, results, strict=True):
             if output is None:
@@ -102,7 +102,8 @@ def forward(
 
 
 def _forward_chunk(
-    x, head, token_ids, temperature, softcap, with_entropy, with_top1, with_direction, upstream, parameters
+    x, head, token_ids, temperature, softcap, with_entropy, with_top1, with_direction, with_entropy_direction,
+    upstream, parameters,
 ):  # fmt: skip
     """log-probs, statistics, entropy, top1 and fp32 directions (n, K) of a chunk of rows; adds to the parameters'
     gradient if it is given."""
@@ -113,12 +114,12 @@ def _forward_chunk(
     top1 = torch.zeros(n, dtype=torch.bool) if with_top1 else None
     _C.linear_head_begin(row_layout(x), row_layout(targets), n, width, softcap, sweeps, threads)
     sums = x.new_zeros(n, width, dtype=torch.float32) if with_direction else None
-    weighted = x.new_zeros(n, width, dtype=torch.float32) if with_direction and with_entropy else None
-    copies = 1 if weighted is None else 2
+    weighted = x.new_zeros(n, width, dtype=torch.float32) if with_entropy_direction else None
+    copies = 2 if with_direction and with_entropy else 1  # a sweep for the entropy writes two blocks
     columns = min(_block_columns(x), len(head.weight))
     blocks = x.new_empty(copies, n * columns) if parameters is None else None
     kept = []
-    products = x.new_empty(copies, n, width if with_direction else 0)
+    products = x.new_empty(1 if weighted is None else 2, n, width if with_direction else 0)
     for begin, end in _spans(len(head.weight), columns):
         block = head.block(begin, end)
         size = n * (end - begin)
@@ -133,8 +134,8 @@ def _forward_chunk(
         if parameters is not None:
             kept.append((begin, end, exponentials[0], sweeps[:, 1].clone()))
         if with_direction:
-            for i in range(copies):
-                torch.mm(exponentials[i], block, out=products[i])
+            for i, product in enumerate(products):
+                torch.mm(exponentials[i], block, out=product)
             _C.linear_head_fold(
                 row_layout(products[0]), row_layout(products[-1]), sweeps, n, width, sums, weighted, threads
             )

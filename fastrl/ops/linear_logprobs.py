@@ -29,6 +29,7 @@ def linear_logprobs(
     softcap: float | None = None,
     return_entropy: bool = False,
     return_top1: bool = False,
+    detach_entropy: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Log-probability of each given token under softmax(cap((hidden @ weight.T + bias) * logit_scale) / temperature).
@@ -52,6 +53,7 @@ def linear_logprobs(
         return_entropy: also return the entropy of each kept position.
         return_top1: also return, for each position, whether it is kept and its token the arg max, the first of equals,
             of the logits that the matrix product gives; as in `token_logprobs`.
+        detach_entropy: the entropy has no gradient, as one that is only reported, which saves a product.
         backend: None chooses; else one of reference, cpu, triton, cuda.
     Returns:
         (...) float32 log-probs in nats, never above 0; with `return_entropy` or `return_top1` the tuple (logprobs,
@@ -65,8 +67,8 @@ def linear_logprobs(
         those of a library product do (on a GPU, FASTRL_BATCH_INVARIANT=1 keeps them: see linear_head_chunks.py).
         Differentiable once.
     Cost, in products of 2 M V H FLOPs: 1 without gradients; 2 for a frozen head, all in the forward pass, which saves
-        the (M, H) direction W_i - sum_v p_v W_v for any upstream (1 more with entropy); 4 for a trained head; 3 where
-        only an adapter or bias is trained.
+        the (M, H) direction W_i - sum_v p_v W_v for any upstream (1 more with an entropy that is not detached); 4 for a
+        trained head; 3 where only an adapter or bias is trained.
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135 (rescaled sums).
     """
     check_float(OP, "hidden", hidden)
@@ -74,14 +76,16 @@ def linear_logprobs(
     check_head(OP, hidden, weight, token_ids, "token_ids", bias, lora, mask)
     check_flag(OP, "return_entropy", return_entropy)
     check_flag(OP, "return_top1", return_top1)
+    check_flag(OP, "detach_entropy", detach_entropy)
     check_logit_options(OP, temperature, logit_scale, softcap)
     backend = choose(OP, hidden, backend)
     if backend == "reference":
-        return reference.linear_logprobs(
+        results = reference.linear_logprobs(
             hidden, weight, token_ids, bias, lora, mask, temperature, logit_scale, softcap or 0.0, return_entropy,
             return_top1,
         )  # fmt: skip
+        return (results[0], results[1].detach(), *results[2:]) if return_entropy and detach_entropy else results
     return head_logprobs(
         hidden, weight, bias, lora, token_ids, mask, *without_scale(temperature, logit_scale, softcap), return_entropy,
-        return_top1, backend,
+        return_top1, backend, detach_entropy,
     )  # fmt: skip

@@ -64,6 +64,20 @@ def test_any_subset_of_trained_parameters(gpu_backend, device, trained):
         torch.testing.assert_close(value, everything[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_detached_entropy_changes_nothing_else(gpu_backend, device, monkeypatch):
+    """The bits of the log-probs, the entropy, and the gradient that the log-probs have without one."""
+    small_chunks(monkeypatch, rows=4, columns=64)
+    case = on(head_case(rows=7), device)
+    want = results(case, trained=("hidden",), entropy=False, backend=gpu_backend)
+    hidden = case.hidden.clone().requires_grad_()
+    options = {"return_entropy": True, "backend": gpu_backend}
+    logprobs, entropy = linear_logprobs(hidden, case.weight, case.token_ids, **options, detach_entropy=True)
+    assert not entropy.requires_grad
+    (gradient,) = torch.autograd.grad(logprobs, hidden, case.upstream[0])
+    assert torch.equal(entropy, linear_logprobs(case.hidden, case.weight, case.token_ids, **options)[1])
+    assert torch.equal(logprobs, want["logprobs"]) and torch.equal(gradient, want["hidden"])
+
+
 def test_mixed_lora_dtype(gpu_backend, device):
     """T22: a float32 adapter on a 16-bit head, PEFT's default; its gradients are float32."""
     case = on(head_case(rows=7, dtype=torch.float16, lora=True), device)

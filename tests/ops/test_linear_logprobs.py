@@ -102,27 +102,60 @@ def test_nothing_kept(backend, rows):
     assert found["weight"].shape == case.weight.shape
 
 
+class Shapes(TorchDispatchMode):
+    """The shapes (M, K, N) of all products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket == torch.ops.aten.mm:
+            self.seen.append((*args[0].shape, args[1].shape[1]))
+        return function(*args, **(kwargs or {}))
+
+
 def test_masked_rows_are_never_multiplied():
     """Only kept rows reach the head, and no weight gradient is formed for a frozen head."""
-
-    class Shapes(TorchDispatchMode):
-        seen: list[tuple[int, int, int]] = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket == torch.ops.aten.mm:
-                self.seen.append((*args[0].shape, args[1].shape[1]))
-            return function(*args, **(kwargs or {}))
-
     case = head_case(rows=40, vocab=300, width=16)
     mask = torch.arange(40) < 10
     hidden = case.hidden.requires_grad_()
     with Shapes() as shapes:
         linear_logprobs(hidden, case.weight, case.token_ids, mask=mask, backend=NATIVE).sum().backward()
     assert shapes.seen == [(10, 16, 300), (10, 300, 16)]  # the logits and the direction, nothing else
-    shapes.seen.clear()
     with Shapes() as shapes, torch.no_grad():
         linear_logprobs(hidden, case.weight, case.token_ids, backend=NATIVE)
     assert shapes.seen == [(40, 16, 300)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_detached_entropy_saves_its_product(head, monkeypatch):
+    """Same log-probs, entropy and gradients of the log-probs, to the bit; the entropy itself has none."""
+    small_blocks(monkeypatch)
+    case = head_case(**HEADS[head])
+    want = results(case, backend=NATIVE, entropy=False)
+    leaves = {
+        name: leaf.clone().requires_grad_() for name, leaf in zip(PARAMETERS, case, strict=False) if leaf is not None
+    }
+    case = case._replace(**leaves)
+    arguments = (case.hidden, case.weight, case.token_ids)
+    options = {"bias": case.bias, "lora": lora_of(case), "return_entropy": True, "return_top1": True}
+    logprobs, entropy, top1 = linear_logprobs(*arguments, **options, detach_entropy=True, backend=NATIVE)
+    assert logprobs.requires_grad and not (entropy.requires_grad or top1.requires_grad)
+    gradients = torch.autograd.grad(logprobs, list(leaves.values()), case.upstream[0])
+    assert torch.equal(logprobs, want["logprobs"])
+    assert torch.equal(entropy, linear_logprobs(*arguments, **options, backend=NATIVE)[1])
+    assert all(torch.equal(found, want[name]) for name, found in zip(leaves, gradients, strict=True))
+    reference = linear_logprobs(*arguments, **options, detach_entropy=True, backend="reference")
+    assert [out.requires_grad for out in reference] == [True, False, False]
+
+
+def test_a_detached_entropy_takes_the_products_of_no_entropy():
+    case = head_case(rows=40, vocab=300, width=16)
+    hidden = case.hidden.requires_grad_()
+    with Shapes() as shapes:
+        linear_logprobs(hidden, case.weight, case.token_ids, return_entropy=True, detach_entropy=True, backend=NATIVE)
+    assert shapes.seen == [(40, 16, 300), (40, 300, 16)]
 
 
 def test_tied_weights():
@@ -389,6 +422,7 @@ def test_bad_input(backend):
         (dict(softcap=-1.0), "softcap"),
         (dict(logit_scale=0.0), "logit_scale"),
         (dict(logit_scale=None), "logit_scale"),
+        (dict(detach_entropy=1), "detach_entropy"),
         (dict(hidden=case.hidden.long()), "hidden"),
         (dict(weight=torch.randn(8, 4)), "weight"),
         (dict(weight=torch.randn(0)), "weight"),
