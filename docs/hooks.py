@@ -46,7 +46,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     fillers = {"op": contract, "options": options, "include": include}
-    return MARK.sub(lambda mark: fillers[mark[1]](mark[2]), markdown)
+    markdown = MARK.sub(lambda mark: fillers[mark[1]](mark[2]), markdown)
+    return re.sub(r"(\(\S*examples/\w+)\.py\)", r"\1.md)", markdown)  # to the example's page
 
 
 def matching(nav: list[Any], pages: list[str], seen: set[str]) -> list[Any]:
@@ -164,7 +165,7 @@ def include(path: str) -> str:
 
 
 def example_page(path: Path) -> str:
-    return f"# {path.stem.upper()}\n\n`docs/examples/{path.name}`\n\n{code(path.read_text(encoding='utf-8'))}\n"
+    return f"# {path.stem.upper()} by hand\n\n`docs/examples/{path.name}`\n\n{code(path.read_text(encoding='utf-8'))}\n"
 
 
 def code(text: str) -> str:
