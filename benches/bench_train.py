@@ -31,7 +31,7 @@ from fastrl.benches.train_workload import Settings
 HERE = Path(__file__).resolve().parent
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of what the peers report before their times count
 OURS, PLAIN, TRL = "fastrl.benches.train_fastrl", "fastrl.benches.train_transformers", "train_trl.py"
-TRAINER = "fastrl.benches.train_trainer"
+TRAINER = "fastrl.benches.train_hf_trainer"
 PEERS = {  # task -> (provider, program, its argument), baseline first
     "PPO update, LoRA": [
         ("trl + peft", TRL, "ppo-lora"),

@@ -41,7 +41,8 @@ def causal_lm_loss(outputs: Any, labels: Tensor, num_items_in_batch: float | Ten
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)
     kept = targets != IGNORED
     count = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return -token_logprobs(logits, targets, mask=kept).sum() / count
+    logprobs: Any = token_logprobs(logits, targets, mask=kept)
+    return -logprobs.sum() / count
 
 
 class FastRLCallback(transformers.TrainerCallback):

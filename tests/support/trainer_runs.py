@@ -99,7 +99,6 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     seen = {
         "Trainer, LoRA": [trained(folder, patched) for patched in (False, True)],
-        "Trainer, full": [trained(folder, patched, lora=False) for patched in (False, True)],
         "FSDP2, LoRA": [sharded(patched, False) for patched in (False, True)],
         "FSDP2, full, the head a unit": [sharded(patched, True, lora=False) for patched in (False, True)],
         "FSDP2, LoRA on the head": [sharded(patched, True, target_modules=["lm_head"]) for patched in (False, True)],

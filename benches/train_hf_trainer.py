@@ -1,6 +1,6 @@
 """Steps of transformers' own Trainer with a PEFT model, as it is and with FastRLCallback; run by bench_train.py.
 
-python -m fastrl.benches.train_trainer WORKLOAD lora|lora-fastrl
+python -m fastrl.benches.train_hf_trainer WORKLOAD lora|lora-fastrl
 """
 
 from __future__ import annotations
