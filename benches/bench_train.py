@@ -1,4 +1,4 @@
-"""PPO updates and SFT steps of the loops against TRL 1.12 (the last with PPO) and transformers + PEFT.
+"""PPO updates, SFT steps and steps of transformers' Trainer, beside TRL 1.12 (the last with PPO) and plain PEFT.
 
     python -m fastrl.benches.bench_train --trl-python /path/to/venv-with-trl-1.12/bin/python
 
@@ -31,6 +31,7 @@ from fastrl.benches.train_workload import Settings
 HERE = Path(__file__).resolve().parent
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of what the peers report before their times count
 OURS, PLAIN, TRL = "fastrl.benches.train_fastrl", "fastrl.benches.train_transformers", "train_trl.py"
+TRAINER = "fastrl.benches.train_trainer"
 PEERS = {  # task -> (provider, program, its argument), baseline first
     "PPO update, LoRA": [
         ("trl + peft", TRL, "ppo-lora"),
@@ -51,6 +52,10 @@ PEERS = {  # task -> (provider, program, its argument), baseline first
         ("transformers", PLAIN, "sft-full"),
         ("transformers + liger", PLAIN, "sft-full-liger"),
         ("fastrl loop", OURS, "sft-full"),
+    ],
+    "Trainer step, LoRA": [
+        ("transformers Trainer + peft", TRAINER, "lora"),
+        ("fastrl callback", TRAINER, "lora-fastrl"),
     ],
 }
 

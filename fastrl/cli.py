@@ -17,6 +17,7 @@ COMMANDS = {
     "run": ("fastrl.commands.pipeline", "", "SFT, reward model and PPO one after the other, from one file"),
     "report": ("fastrl.commands.report", "", "report.html of a run, or of several compared"),
     "bench": ("fastrl.commands.bench", "", "time the kernels on this machine"),
+    "conformance": ("fastrl.commands.conformance", "", "try what is known to break in RLHF code on fastrl, TRL, ..."),
     "doctor": ("fastrl.commands.doctor", "", "what is installed, and which backend every op would use"),
     "chat": ("fastrl.commands.chat", "", "talk to a model"),
     "export": ("fastrl.commands.export", "", "merge an adapter into its base, write an ordinary folder"),

@@ -1,4 +1,4 @@
-"""The measuring itself: the check before the clock, the memory, the CSV, the tables of the README."""
+"""The measuring itself: the check before the clock, the memory, the CSV, the tables and the plot made of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from additions import addition
 
-from fastrl.benches import bench_train, harness, machine, memory, records, tables
+from fastrl.benches import bench_patch, bench_train, harness, machine, memory, plot, records, tables
 from fastrl.benches.train_workload import Settings
 from fastrl.commands import bench
 from fastrl.ops import backend
@@ -106,7 +106,7 @@ def test_a_provider_that_overwrites_its_inputs_has_its_own(wrt):
 def test_every_op_is_measured():
     assert {*bench.OPS, "lora_linear_group"} == set(backend.NATIVE_BACKENDS)  # groups are in lora_linear's bench
     assert {path.stem for path in (ROOT / "benches").glob("bench_*.py")} == {
-        f"bench_{op}" for op in (*bench.OPS, "train")
+        f"bench_{op}" for op in (*bench.OPS, "patch", "train")
     }
 
 
@@ -114,6 +114,18 @@ def test_every_op_is_measured():
 def test_quick_cases_agree_with_float64(op):
     for case in harness.cases([op], "cpu", quick=True):
         assert "fastrl cpu" in case.providers
+        for name, provider in case.providers.items():
+            problem, *_ = harness.check(case, provider, "cpu")
+            assert not problem, f"{case.label} {name}: {problem}"
+
+
+def test_patched_layers_are_measured_beside_pefts_own():
+    """From one token to 2048 rows of 4096, in both directions; the small cases agree with float64."""
+    labels = {case.label for case in bench_patch.cases()}
+    for dtypes in ("fp32 adapters fp32", "bf16 adapters bf16", "fp32 adapters bf16"):
+        assert f"patch 1x576->1536 r=16 {dtypes} fwd" in labels
+        assert f"patch 2048x4096->4096 r=16 {dtypes} fwd+bwd" in labels
+    for case in bench_patch.cases(quick=True):
         for name, provider in case.providers.items():
             problem, *_ = harness.check(case, provider, "cpu")
             assert not problem, f"{case.label} {name}: {problem}"
@@ -317,12 +329,41 @@ def test_readme_tables_come_from_the_csv(tmp_path):
         tables.fill(text.replace("cpu.csv", "no.csv"), tmp_path)
 
 
-def test_readme_agrees_with_the_committed_csv():
-    readme = ROOT / "README.md"
-    if not readme.exists() or not tables.MARKERS.search(readme.read_text()):
-        pytest.skip("README.md has no bench tables")
-    text = readme.read_text()
+def test_the_columns_of_the_ops_come_from_the_csv(tmp_path):
+    rows = [
+        row | {"op": "gae", "device": "d", "threads": "2", "peak_extra_mib": "3"}
+        for row in measure(square_case()).values()
+    ]
+    rows[0] |= {"peak_extra_mib": "10"}
+    fast, slow = (
+        [dict(row, shape=name, speedup=speedup) for row in rows] for name, speedup in (("a", "29.6"), ("b", "0.257"))
+    )
+    records.write(tmp_path / "cpu.csv", fast + slow)
+    text = "<!-- ops cpu.csv,none.csv -->\n| op | equals | CPU | H100 |\n| {} | a loop | {} | {} |\n{}"
+    end = "<!-- /ops cpu.csv,none.csv -->\n"
+    filled = text.format("[`gae`](gae.md)", "0.26x to 30x, up to 7 MiB less", "not yet measured", end)
+    assert tables.fill(text.format("[`gae`](gae.md)", "old", "old", end), tmp_path) == filled
+    assert "not yet measured | not yet" in tables.fill(text.format("`ppo_loss`", "old", "old", end), tmp_path)
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tables_agree_with_the_committed_results(page):
+    text = page.read_text()
+    assert tables.MARKERS.search(text), "no tables"
     assert tables.fill(text) == text, "run python -m fastrl.benches.tables"
+
+
+def test_the_plot_agrees_with_the_committed_csv():
+    for path in tables.RESULTS.glob("*.svg"):
+        assert plot.svg(records.read(path.with_suffix(".csv"))) == path.read_text(), "run python -m fastrl.benches.plot"
+
+
+def test_every_case_is_a_dot_of_the_plot():
+    rows = records.read(tables.RESULTS / "cpu.csv")
+    cases = [row for row in rows if row["provider"] == "fastrl cpu"]
+    drawn = plot.svg(rows)
+    assert drawn.count("<circle") == len(cases)
+    assert drawn.count('class="slower"') == sum(float(row["speedup"]) < 1 for row in cases)
 
 
 @pytest.mark.slow
@@ -369,12 +410,14 @@ def test_a_peer_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_train_bench_runs_both_peers_on_the_same_work(tmp_path):
+@pytest.mark.parametrize("peers", [("SFT step, LoRA", "fastrl loop"), ("Trainer step, LoRA", "fastrl callback")])
+def test_train_bench_runs_both_peers_on_the_same_work(tmp_path, peers):
     path = tmp_path / "train.csv"
     small = "--hidden 32 --layers 1 --heads 2 --kv-heads 1 --intermediate 64 --vocab 100 --batch 4 --minibatch 4"
     rest = "--prompt 8 --response 8 --iterations 1 --repeats 1 --threads 1"
-    bench_train.main(["--csv", str(path), "--task", "SFT step, LoRA", *small.split(), *rest.split()])
+    task, ours = peers
+    bench_train.main(["--csv", str(path), "--task", task, *small.split(), *rest.split()])
     rows = {row["provider"]: row for row in records.read(path)}
-    assert set(rows) == {"transformers + peft", "fastrl loop"}
+    assert set(rows) == {"transformers Trainer + peft" if "Trainer" in task else "transformers + peft", ours}
     assert all(row["status"] == "ok" and float(row["rate"]) > 0 for row in rows.values())
-    assert float(rows["fastrl loop"]["error"]) < 1e-4
+    assert float(rows[ours]["error"]) < 1e-4

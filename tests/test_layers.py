@@ -72,7 +72,7 @@ def test_runs_know_nothing_of_models_ops_or_loops():
 def test_what_rlhf_adds_is_numbers_and_tensors_alone():
     allowed = {"checks", "constants", "masked", "ops", "rlhf"}
     assert not [pair for pair in imports() if pair[0].startswith("rlhf") and pair[1].split(".")[0] not in allowed]
-    assert {name.split(".")[0] for name in importers("rlhf")} <= {"train"}
+    assert {name.split(".")[0] for name in importers("rlhf")} <= {"train", "conformance"}
 
 
 def test_accelerate_is_known_to_two_modules():
@@ -81,8 +81,16 @@ def test_accelerate_is_known_to_two_modules():
     assert known == {"run.distributed", "run.trackers"}
 
 
-def test_loops_are_run_by_the_demo_and_benches_alone():
+def test_loops_are_run_by_the_demo_benches_and_conformance_alone():
     """One integration fills a loop's settings in."""
     settings = "integrations.trl.ppo"
-    assert {name.split(".")[0] for name in importers("train") - {settings}} <= {"demo", "benches"}
+    assert {name.split(".")[0] for name in importers("train") - {settings}} <= {"demo", "benches", "conformance"}
     assert {module for name, module in imports() if name == settings} & {"train.ppo.main", "train.ppo.train"} == set()
+
+
+def test_the_conformance_suite_knows_fastrl_as_one_implementation_among_others():
+    """Its cases compare with lines of their own; one adapter alone imports the ops, models and loops."""
+    assert {name.split(".")[0] for name in importers("conformance")} == {"commands"}
+    others = {(name, m) for name, m in imports() if name.startswith("conformance") and m.split(".")[0] != "conformance"}
+    assert {name for name, _ in others} == {"conformance.adapters.fastrl", "conformance.markdown"}
+    assert {m.split(".")[0] for name, m in others if name == "conformance.markdown"} == {"versions"}

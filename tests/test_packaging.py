@@ -240,6 +240,7 @@ FILES = (
     "tests/ops/test_{op}.py",
     "tests/gpu/test_{op}.py",
     "benches/bench_{op}.py",
+    "docs/ops/{op}.md",
 )
 LISTS = ("README.md", "tests/conformance/calls.py")  # that name every op
 

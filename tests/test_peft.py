@@ -7,78 +7,20 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
-import transformers
 from oracle import assert_as_accurate
 from peft.tuners import lora
+from peft_models import IDS, assert_same, fused_calls, pair, results, tiny_llama, with_lora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrl
 from fastrl.models import lora as integration
 
-IDS = torch.tensor([[5, 9, 2, 7, 1], [3, 3, 8, 0, 6]])
 
-
-def tiny_llama(dtype=torch.float32):
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def with_lora(model=None, *, adapter_dtype=True, names=("default",), **options):
-    """A PEFT model whose adapters change the output."""
-    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    config = peft.LoraConfig(**options)
-    model = peft.get_peft_model(
-        model or tiny_llama(), config, adapter_name=names[0], autocast_adapter_dtype=adapter_dtype
-    )
-    for name in names[1:]:
-        model.add_adapter(name, config)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def pair(**options):
-    """(PEFT's own model, the same one patched, what patch returned)."""
-    model = with_lora(**options)
-    patched = copy.deepcopy(model)
-    return model, patched, fastrl.patch(patched)
-
-
-def results(model, ids=IDS, **inputs):
-    logits = model(ids, **inputs).logits
-    model.zero_grad()
-    logits.float().log_softmax(-1)[..., 3].sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), grads
-
-
-def assert_same(model, patched, **inputs):
-    (want, want_grads), (got, grads) = results(model, **inputs), results(patched, **inputs)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert grads.keys() == want_grads.keys() and len(grads) > 0
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, want_grads[name], rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Every call of the fused op that a patched layer makes."""
-    seen = []
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return lora_linear(*args, **kwargs)
-
-    lora_linear = integration.lora_linear
-    monkeypatch.setattr(integration, "lora_linear", spy)
-    return seen
+    """Every size goes to the op; the line that small batches take is in tests/integrations/test_peft.py."""
+    return fused_calls(monkeypatch)
 
 
 def test_values_and_gradients_equal_peft(calls):
@@ -218,7 +160,6 @@ def test_layers_that_are_skipped_say_why():
     }
     assert "1 layers fused" in repr(handle) and "lora.Embedding" in repr(handle)
     torch.testing.assert_close(model(IDS % 9), want)
-    assert len(fastrl.patch(nn.Linear(2, 2))) == 0
 
 
 def test_undo(calls):

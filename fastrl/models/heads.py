@@ -172,9 +172,12 @@ def softcap(config: Any) -> float | None:
 
 
 def _head_adapter(layer: Any) -> LoRAHead | None:
-    if layer.disable_adapters or layer.merged or not layer.active_adapters:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
         return None
-    name = _only(layer.active_adapters)
+    name = _only(names)
+    if name in layer.lora_variant or layer.lora_B[name].bias is not None:  # DoRA and its like, lora_bias
+        raise ValueError(f"lm_head: adapter {name}: expected plain LoRA on the output head, got a variant of it")
     if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
         raise ValueError("lm_head: lora_dropout: expected 0 on an adapted output head, got a positive one")
     return LoRAHead(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])

@@ -1,96 +1,79 @@
-"""The fused LoRA layer: PEFT's layers of an existing model, computed by `fastrl.ops.lora_linear`."""
+"""`fastrl.patch` for LoRA: PEFT's layers of an existing model become fused ones, and how they come back."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any
 
+import peft
 import torch
+from packaging.version import Version
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
-from fastrl.checks import is_plain
-from fastrl.ops.backend import transforming
-from fastrl.ops.lora_linear import lora_linear
+from fastrl.models.fused_linear import FusedLinear, why_not
+from fastrl.models.head_patch import HeadPatch
 
-
-class FusedLinear(Linear):
-    """PEFT's lora.Linear with a fused forward; anything but one plain adapter on a plain input runs PEFT's own.
-
-    To other code it is lora.Linear: by its name, and pickled, so that a pickle needs no fastrl (and is not fused).
-    Parts are looked up in nn.Module's dictionaries: a decoded token passes hundreds of these layers, and each attribute
-    that nn.Module.__getattr__ has to find costs 0.3 us.
-    """
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = None if args or kwargs else self._fusable_adapter(x)
-        if name is None:
-            return super().forward(x, *args, **kwargs)
-        parts: Any = self._modules
-        base, dropout = parts["base_layer"]._parameters, parts["lora_dropout"]._modules[name]
-        return lora_linear(
-            x,
-            base["weight"],
-            parts["lora_A"]._modules[name]._parameters["weight"],
-            parts["lora_B"]._modules[name]._parameters["weight"],
-            self.scaling[name],
-            bias=base["bias"],
-            dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Protocol 2 and later take the object's own class alone.
-        function, (_, *arguments), *state = super().__reduce_ex__(1)  # type: ignore[misc,str-unpack]
-        return function, (Linear, *arguments), *state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLinear:
-        copied = memo[id(self)] = FusedLinear.__new__(FusedLinear)
-        copied.__setstate__(deepcopy(self.__dict__, memo))
-        return copied
-
-    def _fusable_adapter(self, x: torch.Tensor) -> str | None:
-        """The one active adapter if `lora_linear` computes what PEFT would, else None."""
-        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
-            return None
-        parts: Any = self._modules
-        adapters = parts["lora_A"]._modules
-        names = [name for name in self.active_adapters if name in adapters]
-        if len(names) != 1 or names[0] in self.lora_variant:
-            return None
-        name = names[0]
-        base, lora_b = parts["base_layer"], parts["lora_B"]._modules[name]
-        if not (_is_plain(base) and _is_plain(adapters[name]) and _is_plain(lora_b)):
-            return None
-        if lora_b._parameters["bias"] is not None:
-            return None
-        if type(parts["lora_dropout"]._modules[name]) not in (nn.Dropout, nn.Identity):
-            return None
-        if x.dtype != base._parameters["weight"].dtype and not torch.is_autocast_enabled(x.device.type):
-            return None  # an error from PEFT
-        if not is_plain(x) or transforming():
-            return None
-        return name
-
-
-FusedLinear.__name__, FusedLinear.__qualname__, FusedLinear.__module__ = "Linear", "Linear", Linear.__module__
+TESTED = ("0.20", "0.22")  # PEFT, from and up to but not including
+# What FusedLinear reads of PEFT's layer.
+PARTS = (
+    "base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters",
+    "merged", "cast_input_dtype_enabled",
+)  # fmt: skip
 
 
 class Patch:
-    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `undo()`.
+    """What `patch` did: `layers` (names of the fused layers), `skipped` (name -> reason), `head`, `summary()` and
+    `undo()`.
 
     Also a context manager that undoes on exit.
     """
+
+    head: HeadPatch | None = None  # of `fastrl.patch(model, head=True)`
 
     def __init__(self, modules: dict[str, FusedLinear], skipped: dict[str, str]) -> None:
         self._modules = modules
         self.layers = list(modules)
         self.skipped = skipped
 
+    def summary(self) -> str:
+        """What runs fused now, and what does not and why, in lines of text.
+
+        The state of the adapters is read at this call: a layer whose adapters are merged, disabled, several or of a
+        variant such as DoRA runs PEFT's forward for as long as that lasts.
+        """
+        reasons = {name: module.fusable_adapter()[1] for name, module in self._modules.items()}
+        fused = [name for name, reason in reasons.items() if not reason]
+        lines = [f"fastrl.patch: {len(self.layers) + len(self.skipped)} LoRA layers, {len(fused)} fused by this patch"]
+        if self.layers and not self._modules:
+            lines[0] += " (undone)"
+        if self.head is not None:
+            lines.append("  the head: loss and log-probs without logits")
+        lines += _counted(self.skipped, "left alone")
+        lines += _counted({name: reason for name, reason in reasons.items() if reason}, "run PEFT's forward for now")
+        lines += _counted({name: text for name in fused if (text := _casts(self._modules[name]))}, "note")
+        if fused:
+            lines.append("  calls with adapter_names (a mixed batch) or other arguments run PEFT's forward")
+        return "\n".join(lines)
+
     def undo(self) -> None:
-        """Gives every layer PEFT's forward back; a second call does nothing."""
+        """Gives every layer PEFT's forward back, and the model its own head; a second call does nothing.
+
+        Raises:
+            ValueError: a layer's class or the model's forward was changed by something else since; nothing is undone.
+        """
+        for name, module in self._modules.items():
+            if isinstance(module, FusedLinear) and type(module) is not FusedLinear:
+                raise ValueError(
+                    f"fastrl.patch: undo: {name}: expected the layer as it was patched, got a {type(module).__name__}"
+                    " on top of it; undo what was done to the model since, last first"
+                )
+        if self.head is not None:
+            self.head.undo()
         for module in self._modules.values():
             if type(module) is FusedLinear:
                 module.__class__ = Linear  # type: ignore[assignment]
@@ -107,40 +90,71 @@ class Patch:
 
     def __repr__(self) -> str:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(self.skipped.values()).items())
-        return f"<fastrl.patch: {len(self)} layers fused" + (f"; kept: {reasons}>" if reasons else ">")
+        head = " and the head" if self.head is not None else ""
+        return f"<fastrl.patch: {len(self)} layers{head} fused" + (f"; kept: {reasons}>" if reasons else ">")
 
 
-def patch(model: nn.Module) -> Patch:
+def patch(model: nn.Module, *, expect_layers: bool = True) -> Patch:
     """Computes the LoRA linear layers of a PEFT model with `fastrl.ops.lora_linear`, in place.
 
     Parameters, state dict, hooks, names, `disable_adapter()`, merging, saving and loading stay PEFT's own; a copy is
-    fused like its model, a pickle holds PEFT's layers. A layer whose state
-    asks for more than one plain adapter on a plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other
-    variants, `lora_bias`, hooks on its parts) runs PEFT's forward for as long as it does. Layers of other types are
-    left alone. Two differences from PEFT: float32 adapters on a half-precision base are used in the base's dtype
-    (their gradients are float32), and dropout masks come from another generator.
+    fused like its model, a pickle holds PEFT's layers. A layer whose state asks for more than one plain adapter on a
+    plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on its parts)
+    runs PEFT's forward for as long as it does. Layers of other types, quantised ones among them, are left alone.
+
+    Where PEFT's line is the faster one (few rows on a CPU; float32 adapters where it emulates the base's dtype), layers
+    compute that line and have PEFT's bits. Else two things differ: float32 adapters on a half-precision base are used
+    in the base's dtype, so that their gradients, float32 as well, are rounded to it on the way (relative error 3e-3 in
+    bfloat16; outputs err as PEFT's do), and dropout masks come from another generator.
 
         model = peft.get_peft_model(model, config)
         fastrl.patch(model)
 
     Args:
-        model: any module that holds `peft.tuners.lora` layers, wrapped or not; may be patched again after
-            adapters were added.
+        model: any module that holds `peft.tuners.lora` layers, wrapped or not, on any device; may be patched again
+            after adapters were added.
+        expect_layers: whether to warn where the model has no such layers, and so nothing is done.
     Returns:
-        A `Patch`: its `layers`, `skipped` with the reasons, and `undo()`.
+        A `Patch`: its `layers`, `skipped` with the reasons, `summary()` and `undo()`.
+    Raises:
+        RuntimeError: the installed PEFT has another lora.Linear than this code knows; nothing is changed.
     """
-    fused: dict[str, FusedLinear] = {}
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or isinstance(module, FusedLinear):
-            continue
-        reason = _why_not(module)
-        if reason:
-            skipped[name] = reason
-            continue
-        module.__class__ = FusedLinear
-        fused[name] = module  # type: ignore[assignment]
-    return Patch(fused, skipped)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if expect_layers and not layers:
+        warnings.warn(
+            f"fastrl.patch: model: expected LoRA layers of PEFT, found none in a {type(model).__name__}; "
+            "call patch after peft.get_peft_model",
+            stacklevel=3,
+        )
+    skipped = {name: reason for name, layer in layers.items() if (reason := why_not(layer))}
+    fused = {name: layer for name, layer in layers.items() if name not in skipped}
+    for layer in fused.values():
+        check_peft(layer)
+    for layer in fused.values():
+        layer.__class__ = FusedLinear
+    return Patch(fused, skipped)  # type: ignore[arg-type]
+
+
+def check_peft(layer: Linear) -> None:
+    """Raises where PEFT's layer has not what `FusedLinear` reads and calls; warns once of an untested version."""
+    missing = [name for name in PARTS if not hasattr(layer, name)]
+    parameters = list(inspect.signature(Linear.forward).parameters)
+    if missing or parameters != ["self", "x", "args", "kwargs"]:
+        got = f"one without {', '.join(missing)}" if missing else f"forward({', '.join(parameters)})"
+        raise RuntimeError(
+            f"fastrl.patch: peft {peft.__version__}: expected its lora.Linear as in {TESTED[0]} to {TESTED[1]}, "
+            f"got {got}; nothing was patched; pip install 'peft>={TESTED[0]},<{TESTED[1]}'"
+        )
+    _warn_of_untested(peft.__version__)
+
+
+@functools.cache
+def _warn_of_untested(version: str) -> None:
+    if not Version(TESTED[0]) <= Version(version) < Version(TESTED[1]):
+        warnings.warn(
+            f"fastrl.patch: peft {version} is not tested (from {TESTED[0]} to below {TESTED[1]}), but looks alike",
+            stacklevel=4,
+        )
 
 
 @contextmanager
@@ -185,20 +199,22 @@ def merged(model: nn.Module) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _why_not(module: LoraLayer) -> str:
-    if type(module) is not Linear:
-        return f"lora.{type(module).__name__} is no plain lora.Linear"
-    if type(module.base_layer) is not nn.Linear:
-        return f"its base layer is a {type(module.base_layer).__name__}"
-    return ""
+def _counted(reasons: dict[str, str], what: str) -> list[str]:
+    """A line for each reason: how many layers, what they do, the names of the first."""
+    lines = []
+    for reason, count in Counter(reasons.values()).items():
+        names = [name for name in reasons if reasons[name] == reason]
+        shown = names[0] + (f" and {count - 1} more" if count > 1 else "")
+        lines.append(f"  {count} {what}: {reason} ({shown})")
+    return lines
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is F.linear on its own parameters: no hooks, no tensor subclass."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear._parameters.get("weight")) in (nn.Parameter, torch.Tensor)  # functional_call puts tensors there
-        and "forward" not in linear.__dict__
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-    )
+def _casts(layer: FusedLinear) -> str:
+    """How a layer's numbers differ from PEFT's: its adapter has another dtype than its base."""
+    adapter = layer.lora_A[layer.fusable_adapter()[0]].weight.dtype
+    base = layer.base_layer.weight.dtype
+    return "" if adapter == base else f"{_short(adapter)} adapters multiply in {_short(base)} in the kernels"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
