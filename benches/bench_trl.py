@@ -27,7 +27,7 @@ PEERS = {
     f"TRL {kind} step, LoRA": [(provider, PROGRAM, f"{kind.lower()}-{way}") for provider, way in WAYS.items()]
     for kind in ("SFT", "DPO", "GRPO")
 }
-SETTINGS = Settings(vocab=49152, prompt=128, response=128, epochs=1)
+SETTINGS = Settings(vocab=49152, prompt=128, response=128, epochs=1, batch=8, minibatch=8)
 SMALL: dict[str, Any] = {
     "hidden": 64,
     "layers": 2,
