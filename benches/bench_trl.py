@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from fastrl.benches import records, train_workload
 from fastrl.benches.bench_train import measure, parser
@@ -26,8 +27,16 @@ PEERS = {
     f"TRL {kind} step, LoRA": [(provider, PROGRAM, f"{kind.lower()}-{way}") for provider, way in WAYS.items()]
     for kind in ("SFT", "DPO", "GRPO")
 }
-SETTINGS = Settings(vocab=49152, prompt=128, response=128, epochs=1)
-SMALL = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 128, "vocab": 1000, "batch": 4}
+SETTINGS = Settings(vocab=49152, prompt=128, response=128, epochs=1, batch=8, minibatch=8)
+SMALL: dict[str, Any] = {
+    "hidden": 64,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "intermediate": 128,
+    "vocab": 1000,
+    "batch": 4,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

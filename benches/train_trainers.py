@@ -34,7 +34,8 @@ class StepClock(transformers.TrainerCallback):
     """Seconds of each optimizer step, with all of its passes."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, []
+        self.device = device
+        self.seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.begun = clock(self.device)

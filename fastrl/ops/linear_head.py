@@ -115,9 +115,11 @@ class _HeadLogprobs(torch.autograd.Function):
         row_stats = hidden.new_empty((count, 2), dtype=torch.float32)
         entropy = hidden.new_empty(shape, dtype=torch.float32) if return_entropy else None
         top1 = hidden.new_empty(shape, dtype=torch.bool) if return_top1 else None
-        with_gradient = return_entropy and not detach_entropy
+        trained_entropy = None if detach_entropy else entropy
         direction = hidden.new_empty((count, width)) if needs_direction else None
-        entropy_direction = hidden.new_empty((count, width)) if needs_direction and with_gradient else None
+        entropy_direction = (
+            hidden.new_empty((count, width)) if needs_direction and trained_entropy is not None else None
+        )
         head_forward(
             backend, rows, weight, token_ids, mask, bias, lora_a, lora_b, *options,
             logprobs.view(-1), row_stats, *(None if t is None else t.view(-1) for t in (entropy, top1)),
@@ -128,7 +130,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, lora_a, lora_b, token_ids, mask, row_stats,
             logprobs.reshape(-1).clone() if needs_outputs else None,
-            entropy.reshape(-1).clone() if needs_outputs and with_gradient else None,
+            trained_entropy.reshape(-1).clone() if needs_outputs and trained_entropy is not None else None,
             direction, entropy_direction,
         )  # fmt: skip
         ctx.options, ctx.backend = options, backend

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from trl_runs import KINDS, LAYERS, make_trainer, records, run, write_model
 
 import fastrl
+from fastrl.integrations import hosts
 from fastrl.integrations.trl import functions, patch, patching, unpatch
 
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
@@ -273,8 +274,8 @@ def test_a_version_that_differs_is_refused_and_left_alone(name, monkeypatch):
 
 
 def test_an_untested_version_works_with_one_warning(monkeypatch):
-    monkeypatch.setattr(patching, "package_version", lambda name: "1.99.0")
-    with pytest.warns(UserWarning, match=r"tested with TRL 1.12 to 1.16, got 1.99.0") as warned:
+    monkeypatch.setattr(hosts, "version", lambda name: "1.99.0")
+    with pytest.warns(UserWarning, match=r"trl 1.99.0 was not tested \(1.12.0 to 1.16.0 were\)") as warned:
         patch()
     assert len(warned) == 1 and utils._ChunkedLogProbFunction is not ORIGINAL
     unpatch()

@@ -227,7 +227,7 @@ class TestWithTRL:
             args=arguments(**options, **quiet, gradient_checkpointing=False),
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
             model=policy, ref_model=reference, reward_model=reward_model, value_model=value_model,
-            train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4}),
+            train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 12}),
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         ).train()  # fmt: skip
         config = ppo_config(options, data="x").config

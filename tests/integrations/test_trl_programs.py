@@ -46,6 +46,7 @@ def test_trls_own_scripts_run_with_two_lines_more(kind, tmp_path, monkeypatch):
     assert calls and (output / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", bench_trl.PEERS)
 def test_the_bench_of_trainers_agrees_on_what_it_times(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastrl.ops import LoRAHead, linear_logprobs
@@ -36,7 +38,9 @@ class _Entropy(torch.autograd.Function):
             return (None,) * 8
         *inputs, targets = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:6]
-        leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+        leaves: list[Any] = [
+            None if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)
+        ]
         hidden, weight, bias, lora_a, lora_b = leaves
         lora = None if lora_a is None else LoRAHead(lora_a, lora_b, ctx.scaling)
         with torch.enable_grad():

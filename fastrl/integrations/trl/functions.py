@@ -83,7 +83,7 @@ def _apply(
         return original(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs)
     hidden, weight, bias = _cast(hidden, weight, bias)
     options = {"bias": bias, "lora": lora, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-    asked = {"return_entropy": "entropy" in outputs, "return_top1": "is_top1" in outputs}
+    asked: dict[str, Any] = {"return_entropy": "entropy" in outputs, "return_top1": "is_top1" in outputs}
     found = linear_logprobs(hidden, weight, targets, **options, **asked, detach_entropy=True)
     log_probs, *others = found if isinstance(found, tuple) else (found,)
     entropy = means = None

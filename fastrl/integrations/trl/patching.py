@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fastrl.integrations.hosts import warn_untested
 from fastrl.integrations.trl.functions import (
     compacting,
     entropy_from_logits,
@@ -19,7 +20,7 @@ from fastrl.integrations.trl.functions import (
 from fastrl.versions import package_version
 
 UTILS = "trl.trainer.utils"
-TESTED = ("1.12", "1.16")
+TESTED = ("1.12.0", "1.16.0")
 INSTALL = "pip install 'trl>=1.12,<1.17'"
 
 
@@ -74,7 +75,7 @@ def patch() -> None:
     utils = _trl_utils()
     originals = _probe(utils)
     replaced = {name: (original, SLOTS[name].replace(original)) for name, original in originals.items()}
-    _warn_if_untested()
+    warn_untested("trl", *TESTED)
     _swap(replaced)
     _replaced.update(replaced)
 
@@ -134,18 +135,6 @@ def _parameters(function: Any) -> str | None:
         return None
     parameters = inspect.signature(function).parameters.values()
     return " ".join(f"{p.name}={','.join(p.default)}" if isinstance(p.default, tuple) else p.name for p in parameters)
-
-
-def _warn_if_untested() -> None:
-    version = package_version("trl")
-    release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    oldest, newest = (tuple(map(int, tested.split("."))) for tested in TESTED)
-    if not oldest <= release <= newest:
-        warnings.warn(
-            f"fastrl.integrations.trl: tested with TRL {TESTED[0]} to {TESTED[1]}, got {version}, whose functions have"
-            " the same parameters",
-            stacklevel=3,
-        )
 
 
 def _swap(changes: Mapping[str, tuple[Any, Any]]) -> None:
