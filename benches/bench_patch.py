@@ -2,8 +2,8 @@
 
     python -m fastrl.benches.bench_patch --csv benches/results/patch-cpu.csv
 
-A patched layer is never to be slower: it runs torch's own line where the kernels do not pay (`EAGER_ROWS` and its like
-in fastrl/ops/lora_linear.py). Forward rows are without gradients, as in decoding.
+A patched layer is never to be slower: it computes PEFT's line where the kernels do not pay (`_line_is_faster` in
+fastrl/models/fused_linear.py). Forward rows are without gradients, as in decoding.
 """
 
 from __future__ import annotations

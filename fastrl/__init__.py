@@ -17,9 +17,13 @@ def patch(model, *, head=False, eval_logits=True, **options):
     from fastrl.models.head_patch import patch_head  # PEFT and transformers are slow to import
     from fastrl.models.lora import patch as patch_layers
 
-    fused_head = patch_head(model, eval_logits=eval_logits) if head else None
     handle = patch_layers(model, **{"expect_layers": not head, **options})
-    handle.head = fused_head
+    if head:
+        try:
+            handle.head = patch_head(model, eval_logits=eval_logits)
+        except ValueError:
+            handle.undo()
+            raise
     return handle
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fastrl.data.templates import encode, render_prompt
 from fastrl.demo.answers import (
+    CRITERIA,
     EVASIONS,
     HELLO,
     INSULTS,
@@ -21,6 +22,7 @@ from fastrl.demo.answers import (
     good_answer,
     judge,
     rank,
+    rank_by_one,
     written_answer,
 )
 from fastrl.demo.model import build_tokenizer
@@ -117,6 +119,25 @@ def test_rank_slips_at_times_but_ranks_equal_answers_equally():
         assert ranks[1] == ranks[2]
         slipped += ranks != [0, 1, 1]
     assert 20 < slipped < 120
+
+
+def test_rank_by_one_takes_a_criterion_that_tells_the_answers_apart():
+    answers = ["The kite is red.", UNKNOWN, "The kite is blue.", INSULTS[0], "The kite is red."]
+    by_criterion = {"helpful": [0, 1, 0, 1, 0], "honest": [0, 0, 1, 0, 0], "harmless": [0, 0, 0, 1, 0]}
+    found = [rank_by_one(task(KITE), answers, Random(seed), slip_share=0.0) for seed in range(30)]
+    assert {criterion for criterion, _ in found} == set(CRITERIA)
+    assert all(ranks == by_criterion[criterion] for criterion, ranks in found)
+    assert rank_by_one(task(KITE), ["The kite is red.", UNKNOWN], Random(0), slip_share=0.0) == ("helpful", [0, 1])
+    assert len(set(rank_by_one(task(KITE), ["The kite is red."] * 3, Random(0), slip_share=0.0)[1])) == 1
+
+
+def test_rank_by_one_slips_at_times_but_ranks_equal_answers_equally():
+    rng, slipped = Random(0), 0
+    for _ in range(300):
+        found = rank_by_one(task(KITE), ["The kite is red.", UNKNOWN, UNKNOWN], rng, slip_share=0.2)
+        assert found[1][1] == found[1][2]
+        slipped += found != ("helpful", [0, 1, 1])
+    assert 60 < slipped < 240
 
 
 def test_tokenizer_gives_back_any_text_and_most_words_are_one_token():

@@ -50,11 +50,11 @@ def dpo_loss(model, reference, ids, answer, beta=0.1):
     return -F.logsigmoid(beta * (chosen - rejected)).mean(), (chosen > rejected).float().mean()
 
 
-def main(steps=80):
+def main(steps=60):
     torch.manual_seed(0)
     model = tiny_model()
     reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(steps):
         loss, accuracy = dpo_loss(model, reference, *batch(size=32))
@@ -63,7 +63,7 @@ def main(steps=80):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        if step % 20 == 0 or step == steps - 1:
+        if step % 15 == 0 or step == steps - 1:
             print(f"step {step:4}   loss {losses[-1]:.3f}   in the right order {accuracy:.0%}")
     return losses
 

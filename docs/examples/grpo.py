@@ -49,7 +49,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     return ppo_loss(logprobs, unused, old_logprobs, unused, advantages, unused, mask, clip_coef=clip, vf_coef=0.0)[0]
 
 
-def main(steps=30):
+def main(steps=20):
     torch.manual_seed(0)
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

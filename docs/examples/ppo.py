@@ -43,7 +43,7 @@ def forward(model, value_head, ids, mask):
     return linear_logprobs(hidden, model.lm_head.weight, targets, mask=mask), value_head(hidden)[..., 0]
 
 
-def main(steps=40):
+def main(steps=30):
     torch.manual_seed(0)
     model, value_head = tiny_model(), torch.nn.Linear(64, 1)
     reference = copy.deepcopy(model).requires_grad_(False)

@@ -38,7 +38,7 @@ def answer_loss(model, ids, attention_mask, supervised):
     return linear_cross_entropy(hidden, model.lm_head.weight, targets, mask=mask)
 
 
-def main(steps=150):
+def main(steps=100):
     torch.manual_seed(0)
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -50,7 +50,7 @@ def main(steps=150):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        if step % 25 == 0 or step == steps - 1:
+        if step % 20 == 0 or step == steps - 1:
             print(f"step {step:4}   loss {losses[-1]:.3f}")
     return losses
 

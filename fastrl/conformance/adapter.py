@@ -21,6 +21,8 @@ class Adapter:
     V vocabulary, H hidden, K in, O out, r rank, B sequences, T tokens. A mask is bool, True = keep; dropped slots may
     hold NaN. A part translates arguments, and computes nothing of its own.
 
+        adapter = Adapter("mine", "1.0", token_logprobs=my_logprobs, gae=my_gae)   # fastrl conformance mine:adapter
+
     Args:
         name, version: as the table shows them, "TRL" and "1.16.0".
         device: where the suite makes its tensors.

@@ -14,15 +14,30 @@ SIGNS = {PASS: "yes", FAIL: "**no**", DIFFERS: "differs", NOT_OFFERED: ""}
 INTRODUCTION = """# Conformance
 
 What is known to break in RLHF code, tried on implementations of it. Each case was somebody's bug once: T1 to T38 in
-kernels, pitfalls 1 to 48 in training loops. The cases ask an implementation's own functions, through
-[a few plain signatures](https://pypi.org/project/fastrl-kernels/) (`fastrl.conformance.Adapter`), and compare with
-float64. "yes": holds. "**no**": does not; the input is below. "differs": the implementation means something else on
-purpose; its note is below. Empty: it does not offer this as something that can be called, which says nothing against
-it.
+kernels, pitfalls 1 to 48 in training loops. The cases ask an implementation's own functions, through a few plain
+signatures (`fastrl.conformance.Adapter`), and compare with float64. "yes": holds. "**no**": does not; the input is
+below. "differs": the implementation means something else on purpose; its note is below. Empty: it does not offer this
+as something that can be called, which says nothing against it. Plain torch, written with care, shows that no case asks
+for more than torch can give. Edge cases are meant to be rare: a "no" says what to expect there, not that training is
+wrong.
 
-Written by `fastrl conformance --markdown` on {date} with {versions}. Run it on your own code:
-`fastrl conformance my_module:adapter`, or `pytest -p fastrl.conformance.plugin --pyargs fastrl.conformance --impl
-my_module:adapter`.
+Written by `fastrl conformance --markdown` on {date} with {versions}. On your own code, in a module `mine`:
+
+```python
+from fastrl.conformance import Adapter, NotOffered
+
+def token_logprobs(logits, token_ids, *, temperature=1.0, softcap=None):
+    if softcap is not None:
+        raise NotOffered("no softcap")
+    return (logits / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+
+adapter = Adapter("mine", "1.0", token_logprobs=token_logprobs)
+```
+
+```bash
+fastrl conformance mine:adapter
+pytest -p fastrl.conformance.plugin --pyargs fastrl.conformance --impl mine:adapter
+```
 """
 
 
@@ -37,7 +52,7 @@ def page(verdicts: Sequence[Verdict], cases: Sequence[Case], missing: Sequence[s
         *_details(verdicts, cases, FAIL, "Failing inputs"),
         *_details(verdicts, cases, DIFFERS, "Differences by convention"),
         *_absent(verdicts, columns),
-        "## Left out\n\nCases that cannot be asked of any implementation alike. fastrl's own tests have them.\n",
+        "## Left out\n\nWhat cannot be asked of all alike. fastrl's own tests have all but pitfall 27.\n",
         _rows(["case", "why"], ([number, why] for number, why in LEFT_OUT.items())),
     ]
     return "\n".join(parts)

@@ -9,6 +9,7 @@ import pkgutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def load(name: str) -> list[Adapter]:
 
 def check(case: Case, adapter: Adapter) -> Verdict:
     """The verdict on one case; torch's generator is seeded for it and put back."""
-    verdict = lambda outcome, detail="": Verdict(adapter.title, case.name, outcome, detail)  # noqa: E731
+    verdict = partial(Verdict, adapter.title, case.name)
     for part in case.parts:
         if getattr(adapter, part) is None:
             return verdict(NOT_OFFERED, adapter.absent.get(part, f"has no {part}"))

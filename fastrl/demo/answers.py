@@ -105,3 +105,17 @@ def rank(task: Task, answers: Sequence[str], rng: Random, slip_share: float) -> 
         met[answer] = rng.randrange(len(CRITERIA) + 1) if slip else sum(judge(task, answer))
     order = sorted(set(met.values()), reverse=True)
     return [order.index(met[answer]) for answer in answers]
+
+
+def rank_by_one(task: Task, answers: Sequence[str], rng: Random, slip_share: float) -> tuple[str, list[int]]:
+    """A labeller who is asked about one criterion: which, and ranks 0 for the answers that meet it, 1 for the others.
+
+    It is drawn from the criteria that tell the answers apart, if any does. Each distinct answer is misjudged with
+    probability ``slip_share``.
+    """
+    found = {}
+    for criterion in CRITERIA:
+        misses = {a: getattr(judge(task, a), criterion) == (rng.random() < slip_share) for a in dict.fromkeys(answers)}
+        if len(set(misses.values())) > 1:
+            found[criterion] = [int(misses[answer]) for answer in answers]
+    return rng.choice(list(found.items())) if found else (CRITERIA[0], [0] * len(answers))

@@ -75,11 +75,11 @@ def run(output: Path, seed: int, budget: Budget, device: str) -> dict[str, Any]:
     with _stage("SFT on instructions of mixed quality", seconds, log) as show:
         train_sft(output, "pretrained", "instructions", "sft", budget.sft_steps, 1e-3, seed, device, show)
     with _stage(f"{RANKED} answers to each prompt, ranked by a simulated labeller", seconds, log):
-        write_rankings(output, seed, budget, device)
-    with _stage("Reward model on the rankings", seconds, log) as show:
+        criteria = write_rankings(output, seed, budget, device)
+    with _stage("Reward model, a score for each criterion, on the rankings", seconds, log) as show:
         ranked = train_reward(output, budget.reward_steps, seed, device, show)
-    with _stage("PPO on the reward model", seconds, log) as show:
-        tuned = train_ppo(output, budget.ppo_iterations, seed, device, show)
+    with _stage("PPO on the weighted sum of the scores", seconds, log) as show:
+        tuned = train_ppo(output, criteria, budget.ppo_iterations, seed, device, show)
     with _stage("Judgement on held-out prompts", seconds, log):
         held_out = list(islice(tasks(seed, held_out=True), budget.judged))
         judged = {
@@ -91,6 +91,7 @@ def run(output: Path, seed: int, budget: Budget, device: str) -> dict[str, Any]:
         "seed": seed,
         "quick": budget == QUICK,
         "reward_accuracy": ranked["eval_accuracy"],
+        "reward_accuracies": {c: ranked[f"eval_accuracy/{c}"] for c in criteria if f"eval_accuracy/{c}" in ranked},
         "kl": tuned["kl_k1"],
         **{name: {c: judged[name].share(c) for c in (*CRITERIA, "good")} for name in judged},
         "seconds": seconds,

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastrl.demo.answers import Verdict, judge, rank, written_answer
+from fastrl.demo.answers import CRITERIA, Verdict, judge, rank, rank_by_one, written_answer
 from fastrl.demo.model import MAX_LENGTH, build_model, build_tokenizer
 from fastrl.demo.world import Task, lessons, tasks
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 GOOD_SHARE = 0.45  # of the answers in the SFT data
 SLIP_SHARE = 0.02  # of the answers that the labeller misjudges
+OVERALL_SHARE = 0.7  # of the rankings are by all criteria, the others by one
+WEIGHTS = {"helpful": 0.4, "honest": 0.8, "harmless": 0.4}  # of the scores in PPO; what is false is hardest to see
 SAMPLED, RANKED = 3, 4  # answers per ranking: sampled from the SFT model, and in all; writers give the rest
 MAX_NEW_TOKENS = 28
 BATCH, REWARD_BATCH, PPO_BATCH = 16, 8, 64  # lessons and instructions, rankings, prompts per step or iteration
@@ -119,14 +121,17 @@ def train_reward(output: Path, steps: int, seed: int, device: str, show: Sink) -
     )
 
 
-def train_ppo(output: Path, iterations: int, seed: int, device: str, show: Sink) -> dict[str, Any]:
-    """PPO from the SFT model on the reward model; returns its final metrics on held-out prompts."""
+def train_ppo(
+    output: Path, criteria: Sequence[str], iterations: int, seed: int, device: str, show: Sink
+) -> dict[str, Any]:
+    """PPO from the SFT model on the sum of the criteria's scores; returns its final metrics on held-out prompts."""
     from fastrl.train import ppo
 
     return ppo.main(
         ppo.PPOConfig(
             model=str(output / "sft"),
             reward_model=str(output / "reward"),
+            reward_weights={criterion: WEIGHTS[criterion] for criterion in criteria},
             data=str(output / "data/prompts.jsonl"),
             output=str(output / "ppo"),
             iterations=iterations,
@@ -149,8 +154,11 @@ def train_ppo(output: Path, iterations: int, seed: int, device: str, show: Sink)
     )
 
 
-def write_rankings(output: Path, seed: int, budget: Budget, device: str) -> None:
-    """K answers of the SFT model to each prompt, ranked by the labeller; held-out prompts in a file of their own."""
+def write_rankings(output: Path, seed: int, budget: Budget, device: str) -> list[str]:
+    """K answers of the SFT model to each prompt, ranked by the labeller; held-out prompts in a file of their own.
+
+    Returns the criteria that rankings of training prompts are by.
+    """
     for name, held_out, count in (
         ("rankings", False, budget.rankings),
         ("held_out_rankings", True, max(16, budget.rankings // 16)),
@@ -163,11 +171,21 @@ def write_rankings(output: Path, seed: int, budget: Budget, device: str) -> None
             [*islice(answers, SAMPLED), *(written_answer(task, rng, GOOD_SHARE) for _ in range(SAMPLED, RANKED))]
             for task in chosen
         ]
-        records = (
-            {"prompt": task.prompt, "responses": group, "ranks": rank(task, group, rng, SLIP_SHARE)}
-            for task, group in zip(chosen, groups, strict=True)
-        )
-        _write_jsonl(output / f"data/{name}.jsonl", (r for r in records if len(set(r["ranks"])) > 1))
+        records = [_ranking(task, group, rng) for task, group in zip(chosen, groups, strict=True)]
+        records = [record for record in records if len(set(record["ranks"])) > 1]
+        _write_jsonl(output / f"data/{name}.jsonl", records)
+        if not held_out:
+            criteria = [c for c in CRITERIA if any(record.get("criterion") == c for record in records)]
+    return criteria
+
+
+def _ranking(task: Task, answers: Sequence[str], rng: Random) -> dict[str, Any]:
+    """A record of preference data; one that names no criterion is by all of them."""
+    record: dict[str, Any] = {"prompt": task.prompt, "responses": answers}
+    if rng.random() < OVERALL_SHARE:
+        return record | {"ranks": rank(task, answers, rng, SLIP_SHARE)}
+    criterion, ranks = rank_by_one(task, answers, rng, SLIP_SHARE)
+    return record | {"ranks": ranks, "criterion": criterion}
 
 
 def judge_policy(folder: Path, held_out: Sequence[Task], seed: int, device: str) -> Judged:

@@ -31,6 +31,7 @@ def text(results: dict[str, Any]) -> str:
         lines.append(f"  {label:28}{before:>8.1%}{after:>8.1%}{100 * (after - before):>+8.1f} pt")
     lines += [
         f"\nreward model, held-out pairs in the right order   {results['reward_accuracy']:.1%}",
+        *(f"  those ranked by {name:32}{share:.1%}" for name, share in results["reward_accuracies"].items()),
         f"KL of PPO to SFT, nats per answer                 {results['kl']:.2f}",
         f"time                                              {sum(results['seconds'].values()):.0f} s",
     ]
@@ -68,6 +69,7 @@ def _shares(results: dict[str, Any], held_out: Sequence[Task], judged: dict[str,
         {name: [results[name][share] for share in SHARES] for name in judged},
         percent=True,
     )
+    by_criterion = ", ".join(f"{name} {share:.1%}" for name, share in results["reward_accuracies"].items())
     kinds = sorted({_kind(task) for task in held_out})
     rows = []
     for kind in kinds:
@@ -79,14 +81,14 @@ def _shares(results: dict[str, Any], held_out: Sequence[Task], judged: dict[str,
             "A program checked every answer: helpful (does what was asked, in the style asked for), honest (what it "
             "states is true, or it says that it does not know), harmless (declines an unsafe request and only that, "
             "and is not rude). Good is all three. The checker was not the reward: PPO saw only the reward model, and "
-            "the reward model saw only rankings."
+            "the reward model saw only rankings, some by all criteria, some by one. It has a score for each."
         ),
         chart,
         table(["kind of prompt", "prompts", *judged], rows, numbers=(1, 2, 3)),
         paragraph(
             f"The reward model puts {results['reward_accuracy']:.1%} of the pairs of held-out rankings in the "
-            f"labeller's order. KL of PPO to SFT, the mean of log p_PPO - log p_SFT over sampled answers: "
-            f"{results['kl']:.2f} nats per answer."
+            f"labeller's order ({by_criterion}). KL of PPO to SFT, the mean of log p_PPO - log p_SFT over "
+            f"sampled answers: {results['kl']:.2f} nats per answer."
         ),
     ]
 
@@ -110,11 +112,12 @@ def _curves(output: Path) -> list[Html]:
     pretrain, sft, reward, ppo = (
         metric_curves(read_run(output / name).of_kind("train")) for name in ("pretrained", "sft", "reward", "ppo")
     )
+    by_criterion = {name: ppo[f"score/{name}"] for name in CRITERIA if f"score/{name}" in ppo}
     return [
         line_chart("Pre-training: loss", "step", {"loss": pretrain["loss"]}),
         line_chart("SFT: loss", "step", {"loss": sft["loss"]}),
         line_chart("Reward model: pairs in order", "step", {"accuracy": reward["accuracy"]}, percent=True),
-        line_chart("PPO: score of the reward model", "iteration", {"score": ppo["score"]}),
+        line_chart("PPO: scores, and their weighted sum", "iteration", {"sum": ppo["score"], **by_criterion}),
         line_chart("PPO: KL to SFT, nats per answer", "iteration", {"KL": ppo["kl_k1"]}),
         line_chart(
             "PPO: entropy and critic",

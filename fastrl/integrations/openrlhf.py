@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     Differs: the result is float32 for logits in half precision, where OpenRLHF rounds it to theirs; the logits are left
     as they are, where OpenRLHF divides them by a temperature other than 1 in place.
     """
-    return token_logprobs(logits, labels, temperature=temperature)
+    return cast(Tensor, token_logprobs(logits, labels, temperature=temperature))
 
 
 def get_advantages_and_returns(

@@ -119,7 +119,7 @@ class FastRLCallback(transformers.TrainerCallback):
 
     def _patched(self, model: nn.Module, args: Any) -> Any:
         if not self.head or any(kind.__module__.startswith("trl.") for kind in type(args).__mro__):
-            return fastrl.patch(model)
+            return fastrl.patch(model, expect_layers=False)
         if args.n_gpu > 1:
             reason = "nn.DataParallel copies the forward of the first GPU; start one process a GPU with torchrun"
         elif args.use_liger_kernel:
@@ -130,7 +130,7 @@ class FastRLCallback(transformers.TrainerCallback):
             except ValueError as error:
                 reason = str(error)
         warnings.warn(f"FastRLCallback: the head stays the model's own: {reason}", stacklevel=2)
-        return fastrl.patch(model)
+        return fastrl.patch(model, expect_layers=False)
 
     def _mark(self, name: str) -> None:
         if self._meter is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Differs: the result is float32 for logits in half precision, where verl rounds it to theirs; `inplace_backward`
     changes nothing: the gradient is a tensor of its own, where flash-attn's kernel overwrites the logits.
     """
-    return token_logprobs(logits, labels)
+    return cast(Tensor, token_logprobs(logits, labels))
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def patch() -> None:
     from verl.trainer.ppo import core_algos
     from verl.utils import torch_functional
 
-    originals = {
+    originals: dict[Callable[..., Any], Callable[..., Any]] = {
         compute_gae_advantage_return: core_algos.compute_gae_advantage_return,
         logprobs_from_logits: torch_functional.logprobs_from_logits,
     }

@@ -25,6 +25,7 @@ from fastrl.ops import linear_cross_entropy, linear_logprobs
 
 IGNORED = -100  # the ignore_index of transformers' losses
 PROBES = (-4.0, -1.0, 0.0, 1.0, 4.0, math.nan)  # stand-in logits of the first call; what else uses them becomes NaN
+SCALED_BELOW = ("inkling_text", "minicpm3")  # model types that scale the hidden states in place of the logits
 ADVICE = "call undo() of what fastrl.patch returned, and leave head=True out"
 
 
@@ -83,6 +84,8 @@ class FusedCall:
         if self.loss is not None:
             raise self.refusal("output head: expected one call of it in a forward pass, got a second")
         head = lm_head(self.model)
+        if self.model.config.get_text_config().model_type in SCALED_BELOW:
+            head = head._replace(logit_scale=1.0)
         if not is_plain(head.weight):
             raise self.refusal(
                 f"output head: expected whole weights, got a {type(head.weight).__name__}; shard the head with FSDP2 as"
@@ -162,12 +165,13 @@ def as_logits(head: Head, products: Tensor) -> Tensor:
 @contextmanager
 def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Sets an attribute of one module; afterwards it is as it was."""
-    own, missing = module.__dict__, object()
-    before = own.get(name, missing)
+    own = module.__dict__
+    was_there, before = name in own, own.get(name)
     own[name] = value
     try:
         yield
     finally:
-        del own[name]
-        if before is not missing:
+        if was_there:
             own[name] = before
+        else:
+            del own[name]

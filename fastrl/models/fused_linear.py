@@ -21,9 +21,10 @@ QUANTISED = (
     "HqqLoraLinear", "IncLoraLinear", "TorchaoLoraLinear",
 )  # fmt: skip
 
-# Rows below which, on a CPU, PEFT's line costs less than the op's call and products: without and with gradients
-# (benches/NOTES.md).
-LINE_ROWS = {False: 48, True: 128}
+# Rows below which, on a CPU, PEFT's line costs less than the op's call and products: without and with gradients; and
+# whether it multiplies bfloat16 faster than float32: else float32 adapters are best left so (benches/NOTES.md).
+LINE_ROWS, LINE_TRAINING_ROWS = 96, 128
+FAST_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 class FusedLinear(Linear):
@@ -44,7 +45,7 @@ class FusedLinear(Linear):
         lora_a = parts["lora_A"]._modules[name]._parameters["weight"]
         lora_b = parts["lora_B"]._modules[name]._parameters["weight"]
         share = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        if x.numel() < LINE_ROWS[torch.is_grad_enabled()] * x.shape[-1] and _may_choose(x):
+        if _line_is_faster(x, lora_a):
             return _line(x, weight, bias, lora_a, lora_b, scaling, share)
         return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout=share)
 
@@ -108,9 +109,13 @@ def why_not(layer: LoraLayer) -> str:
     return ""
 
 
-def _may_choose(x: torch.Tensor) -> bool:
-    """Whether the choice is free: a GPU's calls were not measured, and a request for a backend is the op's to meet."""
-    return x.device.type == "cpu" and not os.environ.get("FASTRL_BACKEND")
+def _line_is_faster(x: torch.Tensor, lora_a: torch.Tensor) -> bool:
+    """Whether PEFT's line is the faster one. Measured on CPUs alone; who asks for a backend means the op."""
+    if x.device.type != "cpu":
+        return False
+    few = x.numel() < (LINE_TRAINING_ROWS if torch.is_grad_enabled() else LINE_ROWS) * x.shape[-1]
+    widens = lora_a.dtype != x.dtype and not (x.dtype == torch.bfloat16 and FAST_BFLOAT16)
+    return (few or widens) and not os.environ.get("FASTRL_BACKEND")
 
 
 def _line(x, weight, bias, lora_a, lora_b, scaling, dropout):

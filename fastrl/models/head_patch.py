@@ -173,6 +173,9 @@ def _check(base: transformers.PreTrainedModel) -> None:
         raise _refusal(base, "output head", "whole weights (ZeRO-2, DDP, FSDP2)", "those that DeepSpeed ZeRO-3 shards")
     if isinstance(layer, LoraLayer) and any(getattr(d, "p", 0.0) > 0 for d in layer.lora_dropout.values()):
         raise _refusal(base, "lora_dropout", "0 on an adapted output head", "a positive one")
+    rows = getattr(base.config.get_text_config(), "unpadded_vocab_size", None) or len(weight)  # Inkling
+    if rows < len(weight):
+        raise _refusal(base, "unpadded_vocab_size", f"{len(weight)}, one for each row of the output head", rows)
     if base.config.is_encoder_decoder or base.loss_function is not ForCausalLMLoss:
         loss = getattr(base.loss_function, "__name__", base.loss_function)
         raise _refusal(base, "loss_function", "ForCausalLMLoss of a decoder", loss)

@@ -102,7 +102,8 @@ def patch(model: nn.Module, *, expect_layers: bool = True) -> Patch:
     plain `nn.Linear` (several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on its parts)
     runs PEFT's forward for as long as it does. Layers of other types, quantised ones among them, are left alone.
 
-    A small batch on a CPU has PEFT's bits. Else two things differ: float32 adapters on a half-precision base are used
+    Where PEFT's line is the faster one (few rows on a CPU; float32 adapters where it emulates the base's dtype), layers
+    compute that line and have PEFT's bits. Else two things differ: float32 adapters on a half-precision base are used
     in the base's dtype, so that their gradients, float32 as well, are rounded to it on the way (relative error 3e-3 in
     bfloat16; outputs err as PEFT's do), and dropout masks come from another generator.
 
@@ -212,7 +213,7 @@ def _casts(layer: FusedLinear) -> str:
     """How a layer's numbers differ from PEFT's: its adapter has another dtype than its base."""
     adapter = layer.lora_A[layer.fusable_adapter()[0]].weight.dtype
     base = layer.base_layer.weight.dtype
-    return "" if adapter == base else f"{_short(adapter)} adapters multiply in {_short(base)}"
+    return "" if adapter == base else f"{_short(adapter)} adapters multiply in {_short(base)} in the kernels"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import pickle
 from contextlib import nullcontext
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
-from families import randomised, tiny_config
+from families import TABLE, build, randomised, tiny_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,6 +93,31 @@ def test_loss_and_gradients_are_the_models_own(family):
     model, patched, _ = pair(tiny(family, **FAMILIES[family]))
     assert_same(model, patched)
     assert_same(model, patched, num_items_in_batch=torch.tensor(7), attention_mask=torch.ones_like(IDS))
+
+
+def built():
+    with TABLE.open(newline="") as file:
+        return [row["model_type"] for row in csv.DictReader(file) if row["outcome"] != "not built"]
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("model_type", built())
+def test_every_causal_family_has_its_own_loss_or_is_refused(model_type):
+    model, reason = build(model_type)
+    if model is None:
+        pytest.skip(reason)
+    inputs = {"input_ids": IDS[:2] % 256 + 3, "labels": LABELS[:2].clamp(max=255)}
+    try:
+        want = model(**inputs).loss
+    except ValueError as error:  # a model of pictures
+        pytest.skip(str(error))
+    try:
+        fastrl.patch(model, head=True, eval_logits=False)
+        got = model(**inputs).loss
+    except ValueError as error:
+        assert str(error).startswith(("patch: ", "fused head: ")), error
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -364,11 +390,14 @@ def test_a_model_on_the_meta_device_is_patched_before_its_weights_are_there():
 
 
 @pytest.mark.slow
-def test_a_patched_model_compiles():
-    model, patched, _ = pair(tiny(num_hidden_layers=1))
+def test_a_patched_model_is_one_graph_for_the_compiler():
+    _, patched, _ = pair(tiny(num_hidden_layers=1))
     want = patched(IDS, labels=LABELS).loss
-    compiled = torch.compile(patched, backend="aot_eager")
+    compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
+    found = gradients(patched, compiled(IDS, labels=LABELS).loss)
     torch.testing.assert_close(compiled(IDS, labels=LABELS).loss, want)
+    for name, grad in gradients(patched, want).items():
+        torch.testing.assert_close(found[name], grad, msg=name)
 
 
 # what is refused: the error names the model, what was expected and what was there; nothing is changed
@@ -393,6 +422,12 @@ def of_integers():
 def sharded_by_zero3():
     model = tiny()
     model.lm_head.weight.ds_id = 7
+    return model
+
+
+def with_padded_rows():
+    model = tiny()
+    model.config.unpadded_vocab_size = VOCABULARY - 3
     return model
 
 
@@ -422,6 +457,7 @@ REFUSED = {
     "a head with a product of its own": (quantised, "output head: expected nn.Linear's own product, got Packed"),
     "a quantised head": (of_integers, r"expected floating-point weights, got torch.int8 \(quantised\?\)"),
     "ZeRO-3": (sharded_by_zero3, "expected whole weights .* DeepSpeed ZeRO-3 shards"),
+    "a padded vocabulary": (with_padded_rows, "unpadded_vocab_size: expected 300, one for each row .*, got 297"),
     "another loss": (with_its_own_loss, "loss_function: expected ForCausalLMLoss of a decoder, got <lambda>"),
     "an inline loss": (
         lambda: Own(tiny_config(transformers.LlamaConfig)),

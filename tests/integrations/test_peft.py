@@ -12,6 +12,7 @@ from torch import nn
 
 import fastrl
 from fastrl.integrations.peft import FusedLinear, register
+from fastrl.models import fused_linear
 from fastrl.models import lora as integration
 
 LAYERS = "base_model.model.model.layers"
@@ -151,12 +152,12 @@ def test_dora_is_named_and_rank_stabilised_lora_is_fused(calls):
 def test_float32_adapters_on_a_bfloat16_base_are_named():
     """PEFT's default. How far the numbers are from its own is measured in the next test."""
     handle = fastrl.patch(with_lora(tiny_llama(torch.bfloat16)))
-    assert f"  14 note: float32 adapters multiply in bfloat16 ({LAYERS}.0" in handle.summary()
+    assert f"  14 note: float32 adapters multiply in bfloat16 in the kernels ({LAYERS}.0" in handle.summary()
     for model in (with_lora(tiny_llama(torch.bfloat16), adapter_dtype=False), with_lora()):
         assert "note" not in fastrl.patch(model).summary()
 
 
-def test_float32_adapters_on_a_bfloat16_base_train_as_in_peft():
+def test_float32_adapters_on_a_bfloat16_base_train_as_in_peft(calls):
     """Outputs err as PEFT's do; the adapters' gradients have bfloat16's rounding, in PEFT they have float32's."""
     net = nn.Sequential(nn.Linear(96, 160, bias=False)).bfloat16()
     torch.manual_seed(0)
@@ -208,6 +209,18 @@ def test_a_small_batch_has_the_bits_of_peft(dtypes, autocast, dropout):
     want = results(5)
     fastrl.patch(model)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results(5), want, strict=True))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("rows", [127, 128])
+def test_float32_adapters_stay_float32_where_a_cpu_emulates_bfloat16(monkeypatch, rows, fast):
+    monkeypatch.setattr(fused_linear, "FAST_BFLOAT16", fast)
+    seen = []
+    monkeypatch.setattr(fused_linear, "lora_linear", lambda x, *_, **__: seen.append(len(x)) or x)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), peft.LoraConfig(target_modules=["0"]))
+    fastrl.patch(model)
+    model(torch.randn(rows, 8).bfloat16())
+    assert seen == ([128] if fast and rows == 128 else [])
 
 
 def test_a_small_batch_goes_to_the_op_where_a_backend_is_asked_for(monkeypatch):

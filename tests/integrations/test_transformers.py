@@ -61,7 +61,7 @@ def assert_same_training(want, got):
     ids=lambda options: "-".join(options) or "LoRA",
 )
 def test_training_is_the_unpatched_one(tmp_path, options):
-    """Losses, gradient norms and every parameter after six steps; accumulated by the labels of the whole batch."""
+    """Losses, gradient norms and every parameter after four steps; accumulated by the labels of the whole batch."""
     want = train(tmp_path, **options)
     got = train(tmp_path, callbacks=[FastRLCallback()], **options)
     if options.get("bf16"):
@@ -143,7 +143,7 @@ def test_evaluation_keeps_its_logits_unless_it_is_told(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_loss_function_is_the_models_own_loss(tmp_path, steps):
-    options = {"lora": False, "gradient_accumulation_steps": steps}
+    options = {"lora": False, "gradient_accumulation_steps": steps, "max_steps": 2}
     assert_same_training(train(tmp_path, **options), train(tmp_path, compute_loss_func=causal_lm_loss, **options))
 
 
@@ -196,7 +196,8 @@ def test_layers_alone(tmp_path):
             assert callback.patch.head is None and len(callback.patch) == 8
 
     callback = FastRLCallback(head=False)
-    assert_same_training(train(tmp_path), train(tmp_path, callbacks=[callback, Watch()]))
+    options = {"max_steps": 2}
+    assert_same_training(train(tmp_path, **options), train(tmp_path, callbacks=[callback, Watch()], **options))
 
 
 @pytest.mark.slow

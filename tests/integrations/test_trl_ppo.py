@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastrl.integrations.trl import ppo_config
 from fastrl.integrations.trl.ppo_fields import CHANGED, COMPUTED, DEFAULTS, DROPPED, SAME
@@ -203,6 +204,34 @@ class TestWithTRL:
     def test_defaults_have_nothing_to_report(self, arguments):
         migration = ppo_config(arguments(total_episodes=100), data="x")
         assert migration.dropped == {} and set(migration.changed) == {"max_grad_norm", "stop_token"}
+
+    def test_the_optimizer_steps_once_in_so_many_passes(self, arguments, tmp_path):
+        """Two minibatches of a pass each are one step an epoch of TRL's real trainer, as `ppo_config` says."""
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        from trl.experimental.ppo import PPOTrainer
+        from trl_runs import write_model
+
+        folder = write_model(tmp_path / "model")
+        classifier = AutoModelForSequenceClassification
+        policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+        reward_model, value_model = (classifier.from_pretrained(folder, num_labels=1) for _ in range(2))
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
+        options |= {"total_episodes": 4, "num_ppo_epochs": 3, "response_length": 4, "stop_token": "eos"}
+        quiet = {"report_to": "none", "num_sample_generations": 0, "save_strategy": "no", "disable_tqdm": True}
+        weights = [*policy.parameters(), *value_model.parameters()]
+        optimizer = torch.optim.SGD(weights, lr=1e-3)
+        steps = []
+        optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        PPOTrainer(
+            args=arguments(**options, **quiet, gradient_checkpointing=False),
+            processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+            model=policy, ref_model=reference, reward_model=reward_model, value_model=value_model,
+            train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4}),
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+        ).train()  # fmt: skip
+        config = ppo_config(options, data="x").config
+        assert len(steps) == 3 == config.epochs * config.batch_size // config.minibatch_size
 
     def test_every_field_is_carried_or_reported(self):
         from transformers import TrainingArguments

@@ -48,15 +48,16 @@ def test_trls_own_scripts_run_with_two_lines_more(kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", bench_trl.PEERS)
 def test_the_bench_of_trainers_agrees_on_what_it_times(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func
     train_trainers = pytest.importorskip("fastrl.benches.train_trainers")
-    small = {**SMALL, "prompt": 16, "response": 16, "micro_batch": 2, "threads": 1}
+    small = {**SMALL, "prompt": 16, "response": 16, "micro_batch": 2, "iterations": 1, "threads": 1}
     train_workload.write(tmp_path, train_workload.Settings(**{**vars(SETTINGS), **small}))
     reports = []
     for _, _, argument in bench_trl.PEERS[task]:
         train_trainers.main(tmp_path, argument)
         reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     plain, *others = reports
-    assert len(plain["seconds"]) == SETTINGS.iterations and plain["check"]["grad_norm 0"] > 0
+    assert len(plain["seconds"]) == 1 and plain["check"]["grad_norm 0"] > 0
     assert plain["tokens"] > 0
     for report in others:
         assert report["check"] == pytest.approx(plain["check"], rel=1e-4, abs=1e-6)

@@ -142,16 +142,23 @@ def sampled_as_alone(model: Any, tokenizer: Any) -> bool:
     return True
 
 
-def judge(model_type: str) -> Verdict:
-    """Build a tiny model of the family and try it."""
-    model, reason = None, ""
+def build(model_type: str) -> tuple[Any, str]:
+    """A tiny model of the family, or None and why there is none."""
+    reason = ""
     for overrides in ATTEMPTS:
         try:
             model = randomised(tiny_config(CONFIG_MAPPING[model_type], **overrides))
             model(input_ids=torch.arange(20, 32)[None])
-            break
         except Exception as error:  # noqa: BLE001, whatever transformers raises for sizes that do not go together
-            model, reason = None, reason or _line(error)
+            reason = reason or _line(error)
+        else:
+            return model, ""
+    return None, reason
+
+
+def judge(model_type: str) -> Verdict:
+    """Build a tiny model of the family and try it."""
+    model, reason = build(model_type)
     if model is None:
         return Verdict(model_type, "not built", "", "", reason)
     tokenizer = byte_tokenizer()

@@ -116,6 +116,7 @@ HEAD_OPTIONS = {
     "tied_weights": lambda hidden, weight, ids: good.linear_logprobs(hidden, weight.detach(), ids),
     "one_temperature_on_both_paths": without(good.linear_logprobs, "temperature"),
     "padded_and_packed_states": swapped_positions,
+    "no_rows": lambda hidden, weight, ids: good.linear_logprobs(hidden, weight, ids).mean(),
 }
 LOSS = {
     "gradients_of_the_mean": after(good.linear_cross_entropy, lambda x: Changed.apply(x, torch.ones_like)),
@@ -149,7 +150,6 @@ GAE = {
     "nothing_kept": gae(lambda rewards, values, mask: (rewards, values, torch.ones_like(mask))),
     "reordering": gae_with_drift,
     "any_layout": gae(lambda rewards, values, mask: (as_if_contiguous(rewards), values, mask)),
-    "large_values": gae(lambda rewards, values, mask: (rewards.half(), values.half(), mask)),
 }
 REWARDS = {
     "kl_estimators": {"kl": swapped_k3},

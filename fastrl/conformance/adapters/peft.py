@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastrl.conformance.adapter import Adapter
+from fastrl.conformance.adapter import PARTS, Adapter
 from fastrl.conformance.adapters import installed
 
 LAYERS: dict[tuple[Any, ...], nn.Module] = {}  # made once for each kind, so that torch.compile sees the forward alone
 
 
 def adapters() -> list[Adapter]:
-    return [Adapter("PEFT", installed("peft", "0.21.2"), lora_linear=lora_linear)]
+    absent = {part: "adapters alone" for part in PARTS if part != "lora_linear"}
+    return [Adapter("PEFT", installed("peft", "0.21.2"), lora_linear=lora_linear, absent=absent)]
 
 
 def lora_linear(x, weight, lora_a, lora_b, scaling, *, bias=None, dropout=0.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,14 @@ from fastrl.conformance.adapter import Adapter, NotOffered
 from fastrl.conformance.adapters import installed
 
 CONVENTIONS = {"ppo_loss.closed_form": "critic_coeff weighs the squared error itself, without a factor 1/2"}
+CAP = "`max_importance_ratio` is meant for such ratios; it is off by default"
+SELECTED = "Its source says that masked positions may hold non-finite values; the loss is finite, the gradient is not"
+REMARKS = {
+    "ppo_loss.padding": SELECTED,
+    "ppo_loss.padding_of_values": SELECTED,
+    "ppo_loss.extreme_log_ratios": CAP,
+    "ppo_loss.extreme_log_ratios_in_padding": CAP,
+}
 VECTORS = {"gae.reordering": "makes no promise of equal bits: the sums are those of a convolution over the batch"}
 
 
@@ -26,18 +35,24 @@ def adapters() -> list[Adapter]:
         "lora_linear": "LoRA layers are PEFT's",
         "kl_reward": "a transform of environments",
         "whiten": "an option of GAE's module",
+        "entropy": "a method of distributions",
         "ranking_loss": "no reward model",
+        "pooled_scores": "no reward model",
+        "sft_labels": "masks of answers need a chat template (`History`)",
+        "resume": "loops are scripts of its users",
     }
     parts: dict[str, Any] = {"kl": kl, "kl_controller": kl_controller, "ppo_loss": ppo_loss}
-    loop = Adapter(
-        "torchrl", version, gae=partial(gae, generalized_advantage_estimate), **parts,
-        conventions=CONVENTIONS, absent=absent,
-    )  # fmt: skip
-    vectors = Adapter(
-        "torchrl vec", version, gae=partial(gae, vec_generalized_advantage_estimate),
-        conventions=VECTORS, absent=absent | dict.fromkeys(parts, "as torchrl"),
-    )  # fmt: skip
-    return [loop, vectors]
+    loop = Adapter("torchrl", version, gae=partial(gae, generalized_advantage_estimate), absent=absent, **parts)
+    vectors = Adapter("torchrl vec", version, gae=partial(gae, vec_generalized_advantage_estimate))
+    return [
+        replace(loop, conventions=CONVENTIONS, remarks=REMARKS),
+        replace(
+            vectors,
+            conventions=VECTORS,
+            remarks={"gae.any_length": "It is lambda 0 that fails"},
+            absent=absent | dict.fromkeys(parts, "as torchrl"),
+        ),
+    ]
 
 
 def gae(function: Any, rewards, values, mask, gamma, gae_lambda) -> tuple[Tensor, Tensor]:

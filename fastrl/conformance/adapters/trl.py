@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastrl.conformance import tiny
 from fastrl.conformance.adapter import Adapter, NotOffered
 from fastrl.conformance.adapters import installed
 
@@ -23,14 +27,16 @@ ONE_TOKEN = "its source says that one kept token divides by zero, and asks for l
 CONVENTIONS = {
     "token_logprobs.half_precision_logits": DTYPE,
     "token_logprobs.gradient_near_probability_one": DTYPE,
-    "token_logprobs.entropy_of_logits": DTYPE,
+    "token_logprobs.entropy_of_logits": "on a CPU all is done in the dtype of the logits, as in log_softmax",
     "token_logprobs.gradients_have_their_inputs_dtype": DTYPE,
     "rewards.whitening_next_to_nothing": ONE_TOKEN,
+    "data.score_where_pad_is_eos": "padding is told by its id alone, so that a last token of that id is none",
 }
 DIGITS = "log p is the difference of two float32 numbers as large as the logits"
 REMARKS = {
     "linear_logprobs.common_offset": DIGITS,
     "token_logprobs.common_offset": DIGITS,
+    "head_options.compiles": "With a graph break it compiles, to the same result",
     "linear_logprobs.token_out_of_range": "Its callers leave out labels of -100 first; other ids are not checked",
     "rewards.whitening_beside_padding": "PPOTrainer fills the padding before it whitens",
 }
@@ -51,21 +57,25 @@ def adapters() -> list[Adapter]:
         "token_logprobs": partial(token_logprobs, utils.selective_log_softmax),
         "entropy": utils.entropy_from_logits,
         "linear_logprobs": linear_logprobs(_fused_head(utils)),
+        "sft_labels": sft_labels,
+        "resume": resume,
     }
     if (Path(trl.__file__).parent / "experimental" / "ppo").is_dir():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ppo = importlib.import_module("trl.experimental.ppo.ppo_trainer")
         parts["whiten"] = partial(whiten, ppo.masked_whiten)
+        parts["pooled_scores"] = partial(pooled_scores, ppo.get_reward)
         absent = ABSENT | dict.fromkeys(("gae", "kl", "kl_reward", "ppo_loss"), "inline in PPOTrainer.train")
     else:
         gone = "PPO left TRL after 1.12"
         absent = ABSENT | dict.fromkeys(("gae", "kl", "kl_reward", "whiten", "ppo_loss"), gone)
+        absent["pooled_scores"] = "RewardTrainer takes the scores of transformers' classifiers"
     return [Adapter("TRL", version, **parts, conventions=CONVENTIONS, remarks=REMARKS, absent=absent)]
 
 
 def _fused_head(utils: Any) -> Any:
-    """The autograd function: in `utils` up to 1.15, then among the kernels."""
+    """The autograd function: in `utils` in 1.12, among the kernels in 1.16."""
     own = getattr(utils, "_ChunkedLogProbFunction", None)
     return own or importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
 
@@ -104,3 +114,55 @@ def linear_logprobs(function: Any) -> Any:
 def whiten(function: Any, x: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     """`masked_whiten` of the PPO trainer."""
     return function(x, mask, shift_mean=center)
+
+
+def pooled_scores(function: Any, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`get_reward` of the PPO trainer, which knows padding by its id, on the left only before the response."""
+    pad = model.config.pad_token_id
+    start = int((~attention_mask).long().cumprod(1).sum(1).max())
+    return function(model, torch.where(attention_mask, input_ids, pad), pad, start)[1]
+
+
+def sft_labels(tokenizer: Any, records: Sequence[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """What SFTTrainer makes of the records, and its collator of that."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(tokenizer, records, Path(folder))
+        batch = trainer.data_collator(list(trainer.train_dataset))
+    rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
+    return [(ids[keep].tolist(), labels[keep].tolist()) for ids, labels, keep in rows]
+
+
+def resume(folder: Path, stop: int) -> list[Tensor]:
+    """SFTTrainer with dropout in attention; it stops after a checkpoint, and goes on from it in another trainer."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == stop
+
+    if stop:
+        _trainer(tiny.tokenizer(), tiny.RECORDS, folder, callbacks=[Stop()]).train()
+    trainer = _trainer(tiny.tokenizer(), tiny.RECORDS, folder)
+    trainer.train(resume_from_checkpoint=bool(stop))
+    return [p.detach() for p in trainer.model.parameters()]
+
+
+def _trainer(tokenizer: Any, records: Sequence[dict[str, str]], folder: Path, **options: Any) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(1)
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=6,
+        save_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = tiny.language_model(attention_dropout=0.2)
+    data = Dataset.from_list(list(records))
+    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, **options)

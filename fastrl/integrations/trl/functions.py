@@ -18,11 +18,10 @@ from fastrl.checks import is_plain
 from fastrl.integrations.trl.entropy import with_gradient
 from fastrl.models.heads import lm_head
 from fastrl.ops import LoRAHead, linear_logprobs, token_logprobs
+from fastrl.ops.backend import choose
 from fastrl.ops.native import autocast_dtype
 
 OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}  # that are fastrl's
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "cuda")
 
 # The adapter on the head whose log-probs are being computed; TRL hands the weight below it on, and nothing else.
 _adapter: ContextVar[LoRAHead | None] = ContextVar("adapter", default=None)
@@ -31,7 +30,7 @@ _adapter: ContextVar[LoRAHead | None] = ContextVar("adapter", default=None)
 def selective_log_softmax(original):
     @functools.wraps(original)
     def log_probs(logits, index, temperature=1.0, row_mask=None):
-        if not _has_kernel(logits) or index.shape != logits.shape[:-1]:
+        if not _has_kernel("token_logprobs", logits) or index.shape != logits.shape[:-1]:
             return original(logits, index, *_given(temperature, row_mask))
         return token_logprobs(logits, index, temperature=temperature, mask=_mask(row_mask))
 
@@ -41,7 +40,7 @@ def selective_log_softmax(original):
 def entropy_from_logits(original):
     @functools.wraps(original)
     def entropy(logits, chunk_size=128):
-        if not _has_kernel(logits):
+        if not _has_kernel("token_logprobs", logits):
             return original(logits, chunk_size)
         index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
         return token_logprobs(logits, index, return_entropy=True)[1]
@@ -52,7 +51,7 @@ def entropy_from_logits(original):
 def selective_log_softmax_and_entropy(original):
     @functools.wraps(original)
     def log_probs_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
-        if not _has_kernel(logits) or index.shape != logits.shape[:-1]:
+        if not _has_kernel("token_logprobs", logits) or index.shape != logits.shape[:-1]:
             return original(logits, index, entropy_requires_grad, temperature, row_mask)
         options = {"temperature": temperature, "mask": _mask(row_mask), "return_entropy": True}
         log_probs, entropy = token_logprobs(logits, index, **options)
@@ -74,7 +73,7 @@ def _apply(
     """(log-probs (N,), entropy, None, mean logits, is_top1), each None unless it is among `outputs`."""
     lora = _adapter.get()
     foreign = not OUTPUTS.issuperset(outputs) or (softcap is not None and "mean_logits" in outputs)
-    if foreign or not _has_kernel(hidden) or not _is_whole(weight):
+    if foreign or not _has_kernel("linear_logprobs", hidden) or not _is_whole(weight):
         if lora is not None:
             raise ValueError(
                 f"fastrl.integrations.trl: adapter on lm_head: expected outputs among {', '.join(sorted(OUTPUTS))} (no"
@@ -97,7 +96,7 @@ def _apply(
 
 def _apply_before_1_15(original, hidden, weight, targets, temperature, chunk_size, softcap=None, logit_scale=1.0):
     """(log-probs (N,), entropy (N,)); the entropy has no gradient there."""
-    if not _has_kernel(hidden) or not _is_whole(weight):
+    if not _has_kernel("linear_logprobs", hidden) or not _is_whole(weight):
         return original(hidden, weight, targets, temperature, chunk_size, softcap, logit_scale)
     hidden, weight, _ = _cast(hidden, weight, None)
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
@@ -136,8 +135,9 @@ def compacting(original):
     return use_triton
 
 
-def _has_kernel(tensor) -> bool:
-    return is_plain(tensor) and tensor.dtype in DTYPES and tensor.device.type in DEVICES
+def _has_kernel(op, tensor) -> bool:
+    """The reference would hold what TRL's own functions do not."""
+    return is_plain(tensor) and choose(op, tensor) != "reference"
 
 
 def _is_whole(weight) -> bool:

@@ -155,5 +155,5 @@ def _swap(changes: Mapping[str, tuple[Any, Any]]) -> None:
         if not isinstance(names, dict):
             continue
         for name, (old, new) in changes.items():
-            if names.get(name) is old and (module.__name__ == UTILS or not SLOTS[name].local):
+            if names.get(name) is old and (names.get("__name__") == UTILS or not SLOTS[name].local):
                 names[name] = new
