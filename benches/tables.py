@@ -74,9 +74,11 @@ def fastest_other(members: list[records.Row]) -> str:
 
 
 def updates(rows: list[records.Row]) -> str:
-    """Whole updates of each trainer."""
+    """Whole updates of each trainer that could be timed."""
     lines = [UPDATES_HEADER]
     for row in rows:
+        if not row["ms_p50"]:
+            continue
         seconds, rate, memory = (float(row[column]) for column in ("ms_p50", "rate", "peak_extra_mib"))
         cells = [row["op"], row["provider"], f"{seconds / 1000:.2f}", f"{rate:.0f}", f"{float(row['speedup']):.2f}x"]
         lines.append("| " + " | ".join([*cells, f"{memory:.0f}"]) + " |")
