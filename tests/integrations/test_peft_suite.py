@@ -61,7 +61,8 @@ def test_peft_passes_its_own_tests_on_fused_layers(source, file):
     ran = [test for test in passed if fused[test][1]]
     print(f"{file}: {len(passed)} passed, {len(ran)} of them through the fused op; {sorted(broken)}")
     assert broken == known
-    assert ran and not any(calls for _, calls in plain.values())
+    assert bool(ran) == (file != "test_lora_variants")  # which run PEFT's forward
+    assert not any(calls for _, calls in plain.values())
 
 
 def outcomes(source, file, fused):
