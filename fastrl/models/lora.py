@@ -213,8 +213,10 @@ def _counted(reasons: dict[str, str], what: str) -> list[str]:
 def _casts(layer: FusedLinear) -> str:
     """How a layer's numbers differ from PEFT's: its adapter has another dtype than its base."""
     adapter: Any = layer.lora_A[layer.fusable_adapter()[0]]
-    adapter, base = adapter.weight.dtype, layer.get_base_layer().weight.dtype
-    return "" if adapter == base else f"{_short(adapter)} adapters multiply in {_short(base)} in the kernels"
+    base: Any = layer.get_base_layer()
+    if adapter.weight.dtype == base.weight.dtype:
+        return ""
+    return f"{_short(adapter.weight.dtype)} adapters multiply in {_short(base.weight.dtype)} in the kernels"
 
 
 def _short(dtype: torch.dtype) -> str:
