@@ -21,10 +21,11 @@ from fastrl.models.lora import patch
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MLP = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 4, "max_position_embeddings": 128}
+OPT = {**SIZES, "num_hidden_layers": 5, "ffn_dim": 48, "max_position_embeddings": 128}
 GPT = {"vocab_size": 1000, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 # Stand-ins for the tiny random models of the hub that PEFT's tests of decoders load.
 MODELS = {
-    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=128),
+    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(**OPT),
     "tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2Config(**GPT),
     "tiny-random-gpt2": lambda: transformers.GPT2Config(**GPT),
     "tiny-random-GPTJForCausalLM": lambda: transformers.GPTJConfig(**GPT, rotary_dim=4),
