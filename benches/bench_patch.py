@@ -56,7 +56,7 @@ def case(rows: int, k: int, out: int, dtype: torch.dtype, adapter_dtype: torch.d
         make=make,
         rows=rows,
         wrt=("x", "lora_a", "lora_b") if training else (),
-        truth=lambda i: lora_linear(*(i[n] for n in ("x", "weight", "lora_a", "lora_b")), SCALING, backend="reference"),
+        truth=lambda i: lora_linear(i["x"], i["weight"], i["lora_a"], i["lora_b"], SCALING, backend="reference"),
         providers={"peft lora.Linear": on_layer(k, out, False), "fastrl.patch": on_layer(k, out, True)},
     )
 

@@ -70,6 +70,8 @@ class FusedLinear(Linear):
             return "", "hooks or wrapped weights in its parts"
         if lora_b._parameters["bias"] is not None:
             return "", "lora_bias"
+        if isinstance(self.scaling[name], torch.Tensor):
+            return "", "its scaling is a tensor, for PEFT's hot swap"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return "", f"its dropout is a {type(dropout).__name__}"
         return name, ""

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import peft
 import torch
@@ -135,7 +136,7 @@ def patch(model: nn.Module, *, expect_layers: bool = True) -> Patch:
     return Patch(fused, skipped)  # type: ignore[arg-type]
 
 
-def check_peft(layer: Linear) -> None:
+def check_peft(layer: LoraLayer) -> None:
     """Raises where PEFT's layer has not what `FusedLinear` reads and calls; warns once of an untested version."""
     missing = [name for name in PARTS if not hasattr(layer, name)]
     parameters = list(inspect.signature(Linear.forward).parameters)
@@ -211,9 +212,11 @@ def _counted(reasons: dict[str, str], what: str) -> list[str]:
 
 def _casts(layer: FusedLinear) -> str:
     """How a layer's numbers differ from PEFT's: its adapter has another dtype than its base."""
-    adapter = layer.lora_A[layer.fusable_adapter()[0]].weight.dtype
-    base = layer.base_layer.weight.dtype
-    return "" if adapter == base else f"{_short(adapter)} adapters multiply in {_short(base)} in the kernels"
+    adapter: Any = layer.lora_A[layer.fusable_adapter()[0]]
+    base: Any = layer.get_base_layer()
+    if adapter.weight.dtype == base.weight.dtype:
+        return ""
+    return f"{_short(adapter.weight.dtype)} adapters multiply in {_short(base.weight.dtype)} in the kernels"
 
 
 def _short(dtype: torch.dtype) -> str:

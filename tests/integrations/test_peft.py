@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft.tuners import lora
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_models import IDS, assert_same, fused_calls, pair, tiny_llama, with_lora
 from torch import nn
 
@@ -115,7 +116,12 @@ def elsewhere(model):
     model.set_adapter("head")
 
 
+def swappable(model):
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
 STATES = {
+    "its scaling is a tensor, for PEFT's hot swap": swappable,
     "several adapters are active": several,
     "adapters are merged": lambda model: model.merge_adapter(),
     "adapters are disabled": lambda model: model.base_model.disable_adapter_layers(),

@@ -1,7 +1,7 @@
 """PEFT's own tests on fused layers: what passes on PEFT's layers passes on ours, but for the rows of a list.
 
-PEFT_SOURCE names a source tree or sdist of the installed version; of what its tests import, `parameterized`, `scipy`
-and `diffusers` must be there:
+PEFT_SOURCE names a source tree or sdist of the installed version; of what its tests import, `parameterized`, `scipy`,
+`diffusers` and `attrs` must be there:
 
     pip download --no-binary :all: --no-deps peft==0.21.2
     PEFT_SOURCE=peft-0.21.2.tar.gz pytest -m hosts tests/integrations/test_peft_suite.py
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVIATIONS = Path(__file__).with_name("peft_deviations.csv")
 FILES = (
     "test_custom_models", "test_decoder_models", "test_initialization", "test_mixed", "test_lora_variants",
-    "test_low_level_api", "test_target_parameters",
+    "test_low_level_api",
 )  # fmt: skip
 
 pytestmark = pytest.mark.hosts
@@ -61,7 +61,8 @@ def test_peft_passes_its_own_tests_on_fused_layers(source, file):
     ran = [test for test in passed if fused[test][1]]
     print(f"{file}: {len(passed)} passed, {len(ran)} of them through the fused op; {sorted(broken)}")
     assert broken == known
-    assert ran and not any(calls for _, calls in plain.values())
+    assert bool(ran) == (file != "test_lora_variants")  # which run PEFT's forward
+    assert not any(calls for _, calls in plain.values())
 
 
 def outcomes(source, file, fused):

@@ -3,6 +3,7 @@
 PEFT_SUITE_REPORT names the file that gets what became of each test: {test: [outcome, calls of the fused op]}.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,25 +19,29 @@ from peft.tuners.lora.model import LoraModel
 from fastrl.models import fused_linear
 from fastrl.models.lora import patch
 
-SIZES = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-MLP = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
-GPT = {"vocab_size": 1000, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MLP = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 4, "max_position_embeddings": 128}
+OPT = {**SIZES, "num_hidden_layers": 5, "ffn_dim": 48, "max_position_embeddings": 128}
+GPT = {"vocab_size": 1000, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 # Stand-ins for the tiny random models of the hub that PEFT's tests of decoders load.
 MODELS = {
-    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=128),
+    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(**OPT),
     "tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2Config(**GPT),
     "tiny-random-gpt2": lambda: transformers.GPT2Config(**GPT),
     "tiny-random-GPTJForCausalLM": lambda: transformers.GPTJConfig(**GPT, rotary_dim=4),
     "tiny-random-LlamaForCausalLM": lambda: transformers.LlamaConfig(**MLP),
     "tiny-random-MistralForCausalLM": lambda: transformers.MistralConfig(**MLP),
     "tiny-dummy-qwen2": lambda: transformers.Qwen2Config(**MLP),
-    "tiny-random-Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**MLP, head_dim=8),
+    "tiny-random-Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**MLP, head_dim=16),
 }
 REPORT: dict[str, tuple[str, int]] = {}
 calls = 0  # of the fused op, in the test that runs
 
 
 def pytest_configure(config):
+    from tests import testing_utils  # PEFT's, in the working directory
+
+    testing_utils.hub_online_once = lambda name: contextlib.nullcontext()  # it would wait for a network
     auto = transformers.AutoModelForCausalLM
     auto.from_pretrained = types.MethodType(stand_in(auto.from_pretrained.__func__), auto)
     if os.environ.get("PEFT_SUITE_FUSED"):
@@ -52,9 +57,12 @@ def stand_in(from_pretrained):
             return from_pretrained(cls, name, *args, **kwargs)
         if stem not in MODELS:
             pytest.skip(f"needs {name} of the hub")
+        config = MODELS[stem]()
+        for option in config.to_dict().keys() & kwargs.keys():
+            setattr(config, option, kwargs[option])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = cls.from_config(MODELS[stem]()).eval()
+            model = cls.from_config(config).eval()
         model.config._name_or_path = model.name_or_path = name
         return model.to(kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32)
 
