@@ -48,6 +48,8 @@ class Adapter:
             has the strings `prompt` and `completion`.
         pooled_scores: (model, input_ids (B, T), attention_mask (B, T)) -> (B,) scores of a transformers sequence
             classifier with one label, at each row's last token.
+        sequence_logprobs: (model, input_ids (B, T), attention_mask (B, T)) -> (B, T - 1) log-probs of each next token,
+            of a transformers causal language model.
         resume: (folder, stop) -> list of tensors: the weights after six steps of a tiny training run in `folder`, with
             dropout and shuffled data; `stop` > 0: the run is cut off after that many steps and gone on with.
         conventions: case -> note, where the implementation means something else on purpose. A case that then fails
@@ -73,6 +75,7 @@ class Adapter:
     ranking_loss: Part = None
     sft_labels: Part = None
     pooled_scores: Part = None
+    sequence_logprobs: Part = None
     resume: Part = None
     conventions: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)

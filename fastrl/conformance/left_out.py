@@ -6,8 +6,6 @@ LEFT_OUT = {
     "T26": "whitening over ranks: needs several processes and each project's own way to start them",
     "T29": "devices and streams: needs two GPUs",
     "T31": "memory of a call: `fastrl bench` measures it",
-    "pitfall 2": "left padding of a whole model: the position ids are the model's and the loop's",
-    "pitfall 3": "padding of a whole model: its attention decides",
     "pitfall 4": "a penalty for a missing stop token is an option of a loop",
     "pitfall 14": "whitening over ranks, as T26",
     "pitfall 20": "settings of generation belong to the loop that samples",

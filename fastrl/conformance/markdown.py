@@ -26,10 +26,12 @@ Written by `fastrl conformance --markdown` on {date} with {versions}. On your ow
 ```python
 from fastrl.conformance import Adapter, NotOffered
 
+
 def token_logprobs(logits, token_ids, *, temperature=1.0, softcap=None):
     if softcap is not None:
         raise NotOffered("no softcap")
     return (logits / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+
 
 adapter = Adapter("mine", "1.0", token_logprobs=token_logprobs)
 ```

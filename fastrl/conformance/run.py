@@ -81,7 +81,7 @@ def check(case: Case, adapter: Adapter) -> Verdict:
     if case.name in adapter.conventions:
         return verdict(DIFFERS, f"{adapter.conventions[case.name]} ({found})")
     remark = adapter.remarks.get(case.name)
-    return verdict(FAIL, f"{found}. {remark}" if remark else found)
+    return verdict(FAIL, f"{found.rstrip('.')}. {remark}" if remark else found)
 
 
 def table(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> str:

@@ -38,6 +38,15 @@ def language_model(**changes: Any) -> Any:
     return LlamaForCausalLM(config(**changes))
 
 
+def language_model_with_absolute_positions() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {"n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, initializer_range=0.5, bos_token_id=2, eos_token_id=1, **sizes)
+    )
+
+
 def classifier(**changes: Any) -> Any:
     """A sequence classifier with one label."""
     from transformers import LlamaForSequenceClassification

@@ -298,6 +298,15 @@ def score_before_the_first_pad(model, input_ids, attention_mask):
     return good.pooled_scores(model, input_ids, torch.arange(input_ids.shape[1]) < length[:, None])
 
 
+def without_positions(model, input_ids, attention_mask):
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return good.token_logprobs(logits[:, :-1], input_ids[:, 1:])
+
+
+def without_attention_mask(model, input_ids, attention_mask):
+    return without_positions(model, input_ids, torch.ones_like(attention_mask))
+
+
 def resumed_with_another_generator(folder, stop):
     if stop:
         good._steps(folder / "state.pt", stop)

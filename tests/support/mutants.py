@@ -56,7 +56,9 @@ from broken_parts import (
     whitened_by_row,
     whitened_by_squares,
     without,
+    without_attention_mask,
     without_autocast,
+    without_positions,
     zero_for_an_empty_head,
     zero_is_missing,
 )
@@ -192,6 +194,13 @@ DATA = {
 }
 
 
+MODELS = {
+    "left_padding": without_attention_mask,
+    "left_padding_of_absolute_positions": without_positions,
+    "extra_padding": without_attention_mask,
+}
+
+
 def _named(module, part, broken):
     return {f"{module}.{name}": {part: function} for name, function in broken.items()}
 
@@ -205,6 +214,7 @@ MUTANTS = {
     **_named("linear_cross_entropy", "linear_cross_entropy", LOSS),
     **_named("lora_linear", "lora_linear", LORA),
     **_named("gae", "gae", GAE),
+    **_named("models", "sequence_logprobs", MODELS),
     **{f"data.{name}": broken for name, broken in DATA.items()},
     **{f"rewards.{name}": broken for name, broken in REWARDS.items()},
     **_named("ppo_loss", "ppo_loss", PPO),

@@ -20,7 +20,7 @@ from fastrl.conformance import tiny
 from fastrl.conformance.adapter import Adapter
 from fastrl.data.batches import sft_batch
 from fastrl.data.load import load_examples
-from fastrl.models.forward import last_token_scores
+from fastrl.models.forward import last_token_scores, response_logprobs
 from fastrl.ops import backend
 from fastrl.rlhf.kl import adapted
 
@@ -36,6 +36,7 @@ def adapters() -> list[Adapter]:
     """One for each backend; what has no backend is in the first."""
     first, *others = (_adapter(name) for name in ("cpu", "reference", "cuda", "triton") if _runs(name))
     loops: dict[str, Any] = {"sft_labels": sft_labels, "pooled_scores": pooled_scores, "resume": resume}
+    loops["sequence_logprobs"] = sequence_logprobs
     absent = dict.fromkeys(loops, f"as {first.name}")
     return [replace(first, conventions=CONVENTIONS, **loops), *(replace(other, absent=absent) for other in others)]
 
@@ -130,6 +131,10 @@ def sft_labels(tokenizer: Any, records: Sequence[dict[str, str]]) -> list[tuple[
 
 def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return last_token_scores(model, input_ids, attention_mask)
+
+
+def sequence_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return response_logprobs(model, input_ids, attention_mask, attention_mask[:, 1:])
 
 
 def resume(folder: Path, stop: int) -> list[Tensor]:

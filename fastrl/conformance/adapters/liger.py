@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.conformance.adapter import Adapter, NotOffered
+from fastrl.conformance.adapter import PARTS, Adapter, NotOffered
 from fastrl.conformance.adapters import installed
 
 CONVENTIONS = {"head_options.no_rows": "refuses states without rows, with an error that says so"}
@@ -21,8 +21,7 @@ def adapters() -> list[Adapter]:
 
     gpu = torch.cuda.is_available()
     triton: dict[str, Any] = {"token_logprobs": token_logprobs, "linear_cross_entropy": linear_cross_entropy}
-    absent = {} if gpu else dict.fromkeys(triton, "Triton kernels: needs a GPU")
-    rest = ("entropy", "lora_linear", "gae", "kl", "kl_reward", "kl_controller", "whiten", "ppo_loss", "ranking_loss")
+    absent = dict.fromkeys(PARTS, "kernels of losses alone") | dict.fromkeys(triton, "Triton kernels: needs a GPU")
     return [
         Adapter(
             "Liger",
@@ -32,7 +31,7 @@ def adapters() -> list[Adapter]:
             **(triton if gpu else {}),
             conventions=CONVENTIONS,
             remarks={} if gpu else REMARKS,
-            absent=absent | dict.fromkeys((*rest, "sft_labels", "pooled_scores", "resume"), "kernels of losses alone"),
+            absent=absent,
         )
     ]
 

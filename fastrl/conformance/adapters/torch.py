@@ -33,6 +33,7 @@ def adapters() -> list[Adapter]:
             ranking_loss=ranking_loss,
             sft_labels=sft_labels,
             pooled_scores=pooled_scores,
+            sequence_logprobs=sequence_logprobs,
             resume=resume,
         )
     ]
@@ -134,9 +135,17 @@ def sft_labels(tokenizer: Any, records: Sequence[dict[str, str]]) -> list[tuple[
 def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     columns = torch.arange(input_ids.shape[1])
     last = (columns * attention_mask).argmax(-1)
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions).last_hidden_state
+    hidden = model.model(**_inputs(input_ids, attention_mask)).last_hidden_state
     return model.score(hidden[torch.arange(len(last)), last])[:, 0]
+
+
+def sequence_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return token_logprobs(model(**_inputs(input_ids, attention_mask)).logits[:, :-1], input_ids[:, 1:])
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
 
 
 def resume(folder: Path, stop: int) -> list[Tensor]:

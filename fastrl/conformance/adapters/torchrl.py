@@ -39,6 +39,7 @@ def adapters() -> list[Adapter]:
         "ranking_loss": "no reward model",
         "pooled_scores": "no reward model",
         "sft_labels": "masks of answers need a chat template (`History`)",
+        "sequence_logprobs": "inside TransformersWrapper",
         "resume": "loops are scripts of its users",
     }
     parts: dict[str, Any] = {"kl": kl, "kl_controller": kl_controller, "ppo_loss": ppo_loss}

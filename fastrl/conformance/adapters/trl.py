@@ -37,7 +37,10 @@ REMARKS = {
     "linear_logprobs.common_offset": DIGITS,
     "token_logprobs.common_offset": DIGITS,
     "head_options.compiles": "With a graph break it compiles, to the same result",
-    "linear_logprobs.token_out_of_range": "Its callers leave out labels of -100 first; other ids are not checked",
+    "linear_logprobs.token_out_of_range": "Its callers mask labels of -100; other ids are not checked",
+    "models.left_padding_of_absolute_positions": (
+        "GRPOTrainer pads prompts on the left and passes no position_ids, as this call does"
+    ),
     "rewards.whitening_beside_padding": "PPOTrainer fills the padding before it whitens",
 }
 ABSENT = {
@@ -66,9 +69,11 @@ def adapters() -> list[Adapter]:
             ppo = importlib.import_module("trl.experimental.ppo.ppo_trainer")
         parts["whiten"] = partial(whiten, ppo.masked_whiten)
         parts["pooled_scores"] = partial(pooled_scores, ppo.get_reward)
+        parts["sequence_logprobs"] = partial(ppo_logprobs, ppo.forward, utils.selective_log_softmax)
         absent = ABSENT | dict.fromkeys(("gae", "kl", "kl_reward", "ppo_loss"), "inline in PPOTrainer.train")
     else:
         gone = "PPO left TRL after 1.12"
+        parts["sequence_logprobs"] = partial(sequence_logprobs, utils.add_fused_lm_head)
         absent = ABSENT | dict.fromkeys(("gae", "kl", "kl_reward", "whiten", "ppo_loss"), gone)
         absent["pooled_scores"] = "RewardTrainer takes the scores of transformers' classifiers"
     return [Adapter("TRL", version, **parts, conventions=CONVENTIONS, remarks=REMARKS, absent=absent)]
@@ -121,6 +126,23 @@ def pooled_scores(function: Any, model: Any, input_ids: Tensor, attention_mask: 
     pad = model.config.pad_token_id
     start = int((~attention_mask).long().cumprod(1).sum(1).max())
     return function(model, torch.where(attention_mask, input_ids, pad), pad, start)[1]
+
+
+def ppo_logprobs(forward: Any, logprobs: Any, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`forward` of the PPO trainer, which knows padding by its id and makes the positions."""
+    logits = forward(model, torch.where(attention_mask, input_ids, 0), 0).logits
+    return logprobs(logits[:, :-1], input_ids[:, 1:])
+
+
+def sequence_logprobs(add_head: Any, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """A model with `add_fused_lm_head`, called as GRPOTrainer calls it."""
+    forward = model.forward
+    add_head(model)
+    labels = input_ids.masked_fill(~attention_mask, -100)
+    try:
+        return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True).log_probs
+    finally:
+        model.forward = forward
 
 
 def sft_labels(tokenizer: Any, records: Sequence[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
