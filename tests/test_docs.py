@@ -35,13 +35,8 @@ BLOCK = re.compile(
 )
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 LOOPS = [command for command, (_, config, _) in cli.COMMANDS.items() if config]
-FOREIGN = {
-    "nproc_per_node",
-    "multi_gpu",
-    "strict",
-    "benchmark_only",
-    "target",
-}  # options of torchrun, mkdocs, pytest, pip
+# Options of torchrun, accelerate, mkdocs, pytest and pip; `layers` is a setting of benches.
+FOREIGN = {"nproc_per_node", "multi_gpu", "strict", "benchmark_only", "target", "layers"}
 HOSTS = {"openrlhf", "trl", "verl"}  # that a page may need and the test extra does not bring
 
 
@@ -130,9 +125,14 @@ def started(words: list[str]) -> tuple[str, list[str]]:
     return "", []
 
 
+def bench_options() -> set[str]:
+    sources = "".join(path.read_text() for path in sorted((ROOT / "benches").glob("*.py")))
+    return {name.replace("-", "_") for name in re.findall(r'"--([a-z][\w-]*)"', sources)}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_options_that_a_text_names_exist(page):
-    known = set().union(FOREIGN, *map(options, cli.COMMANDS))
+    known = FOREIGN.union(bench_options(), *map(options, cli.COMMANDS))
     for span in re.findall(r"`([^`\n]+)`", BLOCK.sub("", read(page))):
         if not span.startswith(("python", "pip", "pytest")):
             assert {*names(span.split())} <= known, span
