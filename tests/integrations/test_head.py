@@ -389,6 +389,7 @@ def test_a_model_on_the_meta_device_is_patched_before_its_weights_are_there():
     handle.undo()
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_a_patched_model_is_one_graph_for_the_compiler():
     _, patched, _ = pair(tiny(num_hidden_layers=1))

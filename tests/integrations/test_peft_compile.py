@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 import fastrl
 from fastrl.models import fused_linear
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("path", ["the op", "a small batch"])

@@ -27,6 +27,8 @@ def leave_trl_as_it_was():
     unpatch()
 
 
+@pytest.mark.hosts
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_trls_own_scripts_run_with_two_lines_more(kind, tmp_path, monkeypatch):
     """On a model in a folder and records in another; the adapter that they train is saved."""
@@ -46,6 +48,7 @@ def test_trls_own_scripts_run_with_two_lines_more(kind, tmp_path, monkeypatch):
     assert calls and (output / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.parametrize("task", bench_trl.PEERS)
 def test_the_bench_of_trainers_agrees_on_what_it_times(task, tmp_path, monkeypatch, capsys):
