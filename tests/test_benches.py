@@ -106,7 +106,7 @@ def test_a_provider_that_overwrites_its_inputs_has_its_own(wrt):
 def test_every_op_is_measured():
     assert {*bench.OPS, "lora_linear_group"} == set(backend.NATIVE_BACKENDS)  # groups are in lora_linear's bench
     assert {path.stem for path in (ROOT / "benches").glob("bench_*.py")} == {
-        f"bench_{op}" for op in (*bench.OPS, "patch", "train")
+        f"bench_{op}" for op in (*bench.OPS, "patch", "train", "trl")
     }
 
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 @pytest.mark.parametrize("path", ["the op", "a small batch"])
 def test_a_patched_model_trains_in_one_graph(path, monkeypatch):
-    """No graph breaks, forward or backward; losses of three AdamW steps as in eager mode, to 1e-5."""
+    """T32: no graph breaks, forward or backward; losses of three AdamW steps as in eager mode, to 1e-5."""
     if path == "the op":
         monkeypatch.setattr(fused_linear, "_line_is_faster", lambda *_: False)
     torch.compiler.reset()

@@ -295,7 +295,7 @@ def test_a_rank_that_is_killed_ends_the_others(configs, tmp_path):
 @pytest.mark.slow
 def test_accelerate_launch_and_sigterm(configs, tmp_path):
     """The command under `accelerate launch`: SIGTERM saves on one rank for both; one process goes on to the end."""
-    cfg = configs("sft", max_steps=200, save_every=0, eval_every=0, samples=0)
+    cfg = configs("sft", max_steps=100, save_every=0, eval_every=0, samples=0)
     shown = ("model", "data", "lora_rank", "batch_size", "micro_batch_size", "learning_rate", "holdout", "max_length")
     shown += ("warmup_steps", "device", "max_steps", "save_every", "eval_every", "samples")
     arguments = [f"--{name}={getattr(cfg, name)}" for name in shown] + [f"--output={tmp_path / 'run'}"]
@@ -313,10 +313,10 @@ def test_accelerate_launch_and_sigterm(configs, tmp_path):
     text = process.communicate(timeout=60)[1]
     (saved,) = (tmp_path / "run/checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
-    assert text.count(f"fastrl: stopped after step {step} of 200, which is saved: go on with --resume true") == 1
+    assert text.count(f"fastrl: stopped after step {step} of 100, which is saved: go on with --resume true") == 1
     assert not (tmp_path / "run/run.lock").exists()
     steps = [r["step"] for r in reported(str(tmp_path / "run")) if r["kind"] == "train"]
     assert steps == list(range(1, step + 1))
     assert cli.main(["sft", *arguments, "--resume=true"]) == 0
     steps = [r["step"] for r in reported(str(tmp_path / "run")) if r["kind"] == "train"]
-    assert steps == list(range(1, 201))
+    assert steps == list(range(1, 101))
