@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-OWN_JOBS = ("sanitize", "ptxas", "families", "wheel", "hosts")  # marks of tests that compile, build or fetch much
+OWN_JOBS = ("sanitize", "ptxas", "families", "wheel", "hosts", "ranks")  # marks of tests that take long each
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,7 +12,7 @@ import ranks
 import sharded
 
 
-@pytest.mark.hosts
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_sharded_patched_model_trains_as_pefts_own(tmp_path):
     """Losses of four AdamW steps to 1e-4 of PEFT's; their mean is that of one process on the whole batch."""

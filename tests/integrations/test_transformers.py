@@ -206,7 +206,7 @@ def test_layers_alone(tmp_path):
     assert_same_training(train(tmp_path, **options), train(tmp_path, callbacks=[callback, Watch()], **options))
 
 
-@pytest.mark.hosts
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_processes_train_as_one_does(tmp_path):
     """Two gloo processes: the Trainer under DDP, and FSDP2 with the head gathered with the root or as a unit."""

@@ -171,6 +171,7 @@ def test_a_pipeline_goes_on_inside_the_stage_that_was_interrupted(source, traine
     assert RESUME == "resume"
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_two_processes_agree_on_what_is_due(source, trained, tmp_path):
     """Rank 0 looks at the folders and tells the other, which then trains with it."""

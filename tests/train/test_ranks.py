@@ -29,6 +29,8 @@ from fastrl import cli
 from fastrl.run import distributed
 from fastrl.run.resume import step_seed
 
+pytestmark = pytest.mark.ranks
+
 LOSS, WEIGHT = 1e-5, 5e-5
 
 
