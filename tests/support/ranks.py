@@ -111,14 +111,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What two processes saw of each job."""
+def launch(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Two processes run each job; `launched` reads what they saw."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, __file__, str(folder / "jobs.json"), str(folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)] for name in jobs}
+
+
+def launched(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The jobs of a launch, and what each of two processes saw of each."""
+    jobs = json.loads((folder / "jobs.json").read_text())
+    return jobs, {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)] for name in jobs}
 
 
 def main(arguments: Sequence[str]) -> None:

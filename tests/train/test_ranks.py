@@ -23,6 +23,7 @@ import pytest
 import ranks
 import torch
 from loops import LOOPS, everything, reported, tiny_run
+from once import once
 from safetensors.torch import load_file
 
 from fastrl import cli
@@ -58,11 +59,11 @@ def configs(tmp_path_factory, tiny_policy, tiny_scalar):
 @pytest.fixture(scope="module")
 def both(configs, tmp_path_factory, tiny_scalar, tiny_reward_adapter):
     """For each job: (what one process saw, what two saw, output of one, output of two). All jobs in one launch."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    one, data = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("data")
+    write_comparisons(data / "criteria.jsonl")
     dropout = {"lora_dropout": 0.2, "max_steps": 6}
     exact = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 4}
-    criteria = {"data": str(two / "criteria.jsonl"), "patience": 1, "eval_every": 1, "max_steps": 6}
-    write_comparisons(two / "criteria.jsonl")
+    criteria = {"data": str(data / "criteria.jsonl"), "patience": 1, "eval_every": 1, "max_steps": 6}
     plans = {name: (name, {}, {}) for name in LOOPS}
     plans |= {
         "exact": ("sft, full", exact, {}),
@@ -79,29 +80,34 @@ def both(configs, tmp_path_factory, tiny_scalar, tiny_reward_adapter):
         "target_kl": ("ppo", {"target_kl": 1e-4, "learning_rate": 0.05, "epochs": 4}, {}),
         "nan": ("sft", {"save_every": 1, "micro_batch_size": 3}, {"change": "nan"}),
     }
-    (two / "file").write_text("of the user's")
-    jobs = {"refused": ranks.job("sft", configs("sft", output=str(two / "file")))}
-    for name, (loop, changes, options) in plans.items():
-        cfg = configs(loop, output=str(two / name), **changes)
-        jobs[name] = ranks.job(loop.partition(",")[0], cfg, **options)
-    for name, changes in (("sft", dropout), ("ppo", {"iterations": 4, "eval_every": 2})):
-        loop = configs(name, **changes)
-        for part, settings, stop in (
-            ("whole", {}, 0),
-            ("interrupted", {}, 4),
-            ("resumed", {"resume": True}, 0),
-        ):
-            folder = "whole" if part == "whole" else "parts"
-            cfg = replace(loop, output=str(two / f"{name} {folder}"), **settings)
-            jobs[f"{name} {part}"] = ranks.job(name, cfg, stop=stop)
-    seen = ranks.launch(jobs, two)
+
+    def launch(two: Path) -> None:
+        (two / "file").write_text("of the user's")
+        jobs = {"refused": ranks.job("sft", configs("sft", output=str(two / "file")))}
+        for name, (loop, changes, options) in plans.items():
+            cfg = configs(loop, output=str(two / name), **changes)
+            jobs[name] = ranks.job(loop.partition(",")[0], cfg, **options)
+        for name, changes in (("sft", dropout), ("ppo", {"iterations": 4, "eval_every": 2})):
+            loop = configs(name, **changes)
+            for part, settings, stop in (
+                ("whole", {}, 0),
+                ("interrupted", {}, 4),
+                ("resumed", {"resume": True}, 0),
+            ):
+                folder = "whole" if part == "whole" else "parts"
+                cfg = replace(loop, output=str(two / f"{name} {folder}"), **settings)
+                jobs[f"{name} {part}"] = ranks.job(name, cfg, stop=stop)
+        ranks.launch(jobs, two)
+
+    two = once(tmp_path_factory, "two_processes", launch)
+    jobs, seen = ranks.launched(two)
 
     @functools.cache
     def look(name: str):
         todo = json.loads(json.dumps(jobs[name]))
         todo["settings"]["output"] = str(one / name)
         alone = ranks.run_job(todo)
-        return alone, seen[name], one / name, Path(jobs[name]["settings"]["output"])
+        return alone, seen[name], one / name, two / Path(jobs[name]["settings"]["output"]).name
 
     look.seen, look.two = seen, two
     return look
