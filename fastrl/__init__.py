@@ -14,11 +14,12 @@ def patch(model, *, head=False, eval_logits=True, **options):
     See `fastrl.models.lora.patch`, which takes the further options, and `fastrl.models.head_patch.patch_head`, which
     takes `eval_logits` and may raise ValueError; the model is then as it was. Returns a handle for both with `undo()`.
     """
-    from fastrl.models.head_patch import patch_head  # PEFT and transformers are slow to import
-    from fastrl.models.lora import patch as patch_layers
+    from fastrl.models.lora import patch as patch_layers  # PEFT and transformers are slow to import
 
     handle = patch_layers(model, **{"expect_layers": not head, **options})
     if head:
+        from fastrl.models.head_patch import patch_head
+
         try:
             handle.head = patch_head(model, eval_logits=eval_logits)
         except ValueError:

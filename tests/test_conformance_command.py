@@ -23,17 +23,11 @@ from fastrl.conformance.cases import cases
 from fastrl.conformance.left_out import LEFT_OUT
 from fastrl.conformance.run import check, implementations, load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(fastrl.__file__).parents[1]
 CASES = cases()
 (TORCH,) = load("torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def train_reward(output: Path, steps: int, seed: int, device: str, show: Sink) -
 def train_ppo(
     output: Path, criteria: Sequence[str], iterations: int, seed: int, device: str, show: Sink
 ) -> dict[str, Any]:
-    """PPO from the SFT model on the sum of the criteria's scores; returns its final metrics on held-out prompts."""
+    """PPO from the SFT model on the weighted sum of the scores; returns its final metrics on held-out prompts."""
     from fastrl.train import ppo
 
     return ppo.main(

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -17,7 +17,9 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
 from fastrl.models.fused_linear import FusedLinear, why_not
-from fastrl.models.head_patch import HeadPatch
+
+if TYPE_CHECKING:
+    from fastrl.models.head_patch import HeadPatch
 
 TESTED = ("0.20", "0.22")  # PEFT, from and up to but not including
 # What FusedLinear reads of PEFT's layer.

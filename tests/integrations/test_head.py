@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrl
 from fastrl.models import head_patch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 300
 IDS = torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.3, -100, IDS)
@@ -29,14 +31,6 @@ FAMILIES = {
     "Granite": {}, "FalconH1": {}, "Phi": {}, "Mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     "Qwen3Moe": {"output_router_logits": True}, "Mamba": {},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(family="Llama", **overrides):

@@ -19,6 +19,8 @@ from torch import nn
 import fastrl
 from fastrl.integrations.transformers import FastRLCallback, causal_lm_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # of losses and trained parameters after a few steps
 
 FULL = {
@@ -26,14 +28,6 @@ FULL = {
     "optim": "sgd",
     "learning_rate": 1.0,
 }  # Adam makes steps of one size of gradients that are rounding
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(folder, model=None, callbacks=(), lora=True, **options):

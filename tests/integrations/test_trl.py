@@ -20,6 +20,8 @@ import fastrl
 from fastrl.integrations import hosts
 from fastrl.integrations.trl import functions, patch, patching, unpatch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
 with_fused_head = pytest.mark.skipif(not HAS_FUSED_HEAD, reason="TRL before 1.15 has no add_fused_lm_head")
 ORIGINAL = utils._ChunkedLogProbFunction
@@ -28,14 +30,6 @@ ORIGINAL = utils._ChunkedLogProbFunction
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("trl") / "model")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

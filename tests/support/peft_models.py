@@ -53,6 +53,19 @@ def results(model, ids=IDS, **inputs):
     return logits.detach(), grads
 
 
+def losses(model, steps):
+    """Those of AdamW steps on IDS."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    values = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values
+
+
 def assert_same(model, patched, **inputs):
     (want, want_grads), (got, grads) = results(model, **inputs), results(patched, **inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

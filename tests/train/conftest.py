@@ -23,12 +23,8 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices: one thread is fastest, and two machines agree."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def on_one_thread(one_thread):
+    """Two machines agree."""
 
 
 @pytest.fixture(scope="session")
