@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -66,6 +67,7 @@ def _write_lock(path: Path) -> bool:
         return False
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         try:
+            _hold(file)  # one that takes it for stale does so before or after this, and is seen below
             file.write(json.dumps(_this_process()) + "\n")
             file.flush()
         except OSError:
@@ -86,21 +88,33 @@ def _remove_if_stale(path: Path) -> None:
     """Remove the lock of a process that is gone; one of two that want to does so."""
     try:
         with path.open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _hold(file)
             if not _is_at(file, path):
                 return  # another one has taken it over
             holder = _read(path)
             if not _is_gone(holder):
                 raise _taken(path, holder)
             path.unlink()
-            print(f"{path}: the run of process {holder.get('pid')} is gone; its lock is taken over")
+            print(f"{path}: the run of process {holder.get('pid', 'unknown')} is gone; its lock is taken over")
     except FileNotFoundError:
         return
 
 
+def _hold(file: IO[str]) -> None:
+    """Wait until no other process holds the file; where the file system has no such locks, go on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
 def _is_at(file: IO[str], path: Path) -> bool:
     """Whether the open file is the one that has this name now."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _taken(path: Path, holder: dict[str, Any]) -> ValueError:

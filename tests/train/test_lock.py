@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -64,23 +66,32 @@ def test_a_lock_that_was_never_written_counts_for_nothing(tmp_path):
 
 
 def test_of_many_that_take_over_a_lock_one_has_it(tmp_path):
-    written(tmp_path, **{**lock._this_process(), "ticks": "1"})
-    start, outcomes = threading.Barrier(8), []
-
-    def contend():
+    def contend(folder):
         start.wait()
         try:
-            take_lock(tmp_path)
-            outcomes.append("taken")
+            take_lock(folder)
         except ValueError:
-            outcomes.append("refused")
+            return "refused"
+        return "taken"
 
-    threads = [threading.Thread(target=contend) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["refused"] * 7 + ["taken"]
+    start = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as threads:
+        for i in range(100):
+            folder = tmp_path / str(i)
+            folder.mkdir()
+            written(folder, **{**lock._this_process(), "ticks": "1"})
+            assert sorted(threads.map(contend, [folder] * 8)) == ["refused"] * 7 + ["taken"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    written(tmp_path, **{**lock._this_process(), "ticks": "1"})
+    take_lock(tmp_path)
+    with pytest.raises(ValueError, match="expected no other run"):
+        take_lock(tmp_path)
 
 
 def test_a_lock_moves_with_its_run_unless_another_has_come(tmp_path):
