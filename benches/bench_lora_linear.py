@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from fastrl.benches.harness import Case, compiled, ours
 from fastrl.ops import LoRAWeights, lora_linear, lora_linear_group
+from fastrl.ops.lora_linear import plain
 
 RANK, SCALING = 16, 2.0
 LAYER = {"cpu": (2048, 576, (1536,)), "cuda": (8192, 4096, (4096,))}
@@ -48,8 +49,11 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
             linear(i["x"], w) + linear(linear(i["x"], a), b) * SCALING for w, a, b in (layer(i, n)[:3] for n in numbers)
         )
 
-    small = rows * RANK * (len(outs) * k + sum(outs))  # multiply-adds of an adapter product on each side
-    products = rows * k * sum(outs) * (2 if wrt else 1) + small * (3 if wrt else 1)
+    def small(i):  # what dispatch takes below a size
+        return tuple(plain(i["x"], *layer(i, n)) for n in numbers)
+
+    thin = rows * RANK * (len(outs) * k + sum(outs))  # multiply-adds of an adapter product on each side
+    products = rows * k * sum(outs) * (2 if wrt else 1) + thin * (3 if wrt else 1)
     return Case(
         op="lora_linear" if len(outs) == 1 else "lora_linear_group",
         shape=f"{rows}x{k}->{','.join(map(str, outs))} r={RANK}",
@@ -63,6 +67,7 @@ def case(rows: int, k: int, outs: tuple[int, ...], wrt: tuple[str, ...], device:
             "torch eager": eager,
             **({} if quick else compiled(eager)),
             **({"peft lora.Linear": peft_layers(k, outs)} if find_spec("peft") else {}),
+            **({"fastrl, small": small} if device == "cuda" else {}),
             "fastrl reference": lambda i: fused(i, numbers, "reference"),
             **ours("lora_linear", device, dtype, lambda i, backend: fused(i, numbers, backend)),
         },

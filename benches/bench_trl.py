@@ -1,6 +1,6 @@
 """Steps of TRL's SFT, DPO and GRPO trainers with PEFT's LoRA, as they are and on fastrl's kernels.
 
-    python -m fastrl.benches.bench_trl --csv benches/results/trl-cpu.csv
+    python -m fastrl.benches.bench_trl --csv benches/results/trainers-cpu.csv
 
 One model with a vocabulary of 49152 and random weights, the same texts, seed and batches for all. `patched` is
 `fastrl.integrations.trl.patch()` alone, `patched, with its layers` also `fastrl.patch(trainer.model)`. Each runs in a

@@ -68,7 +68,8 @@ def products(sizes: Sizes) -> Iterator[Case]:
         yield product("logits", shape, logits_inputs, {"fp32 out": to_float32}, {"bf16 out": in_bf16})
         added = {"fp32, added to": Overwriting(add_to_float32)}
         yield product("weight gradient", shape, gradient_inputs, added, {"bf16 out, then added": Overwriting(then_add)})
-        yield product("direction", shape, direction_inputs, {"bf16 out": in_bf16})
+        ways = {"bf16 out": in_bf16, "bf16 out, rows apart": in_bf16_apart}
+        yield product("direction", shape, direction_inputs, ways)
 
 
 def product(
@@ -102,11 +103,18 @@ def gradient_inputs(rows: int, hidden_size: int, vocab: int) -> Inputs:
 
 
 def direction_inputs(rows: int, hidden_size: int, vocab: int) -> Inputs:
-    return {"a": torch.randn(rows, vocab).to(BF16), "b": (torch.randn(vocab, hidden_size) / vocab**0.5).to(BF16)}
+    wide = torch.randn(rows, 2 * vocab).to(BF16)
+    weight = (torch.randn(vocab, hidden_size) / vocab**0.5).to(BF16)
+    return {"a": wide[:, :vocab].contiguous(), "wide": wide, "b": weight}
 
 
 def in_bf16(i: Inputs) -> torch.Tensor:
     return torch.mm(i["a"], i["b"])
+
+
+def in_bf16_apart(i: Inputs) -> torch.Tensor:
+    """As where gradients lie in the memory of their float32 logits."""
+    return torch.mm(i["wide"][:, : i["a"].shape[1]], i["b"])
 
 
 def to_float32(i: Inputs) -> torch.Tensor:

@@ -48,9 +48,12 @@ class cuda:
     lora_up_backward: Kernel
     ppo_advantages: Kernel
     ppo_loss: Kernel
+    scale_gradient: Kernel
     token_logprobs_bwd: Kernel
     token_logprobs_fwd: Kernel
 
+    @staticmethod
+    def linear_head_on_chip(vocab: int) -> bool: ...
     @staticmethod
     def lora_da_workspace(rows: int, cols: int, rank: int) -> int: ...
     @staticmethod

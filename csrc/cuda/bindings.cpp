@@ -11,6 +11,8 @@ void bind(pybind11::module_& m) {
   m.def("gae", kernel(gae), "Advantages and returns; what is None is absent.");
   m.def("linear_head_rows", kernel(linear_head_rows),
         "Results of float32 rows and, where asked, gradients with respect to the logits.");
+  m.def("linear_head_on_chip", linear_head_on_chip,
+        "Whether linear_head_rows may write gradients of 16 bits over their logits.");
   m.def("linear_head_gradient", kernel(linear_head_gradient),
         "Gradient of float32 logits that hold the vocabulary's columns from begin on.");
   m.def("lora_dropout", kernel(lora_dropout),
@@ -26,6 +28,7 @@ void bind(pybind11::module_& m) {
   m.def("ppo_advantages_workspace", ppo_advantages_workspace, "Doubles of workspace.");
   m.def("ppo_loss", kernel(ppo_loss), "As the CPU's.");
   m.def("ppo_loss_workspace", ppo_loss_workspace, "Doubles of workspace.");
+  m.def("scale_gradient", kernel(scale_gradient), "Multiplies in place, unless by 1.");
   m.def("token_logprobs_fwd", kernel(token_logprobs_fwd), "As the CPU's.");
   m.def("token_logprobs_bwd", kernel(token_logprobs_bwd), "As the CPU's.");
   m.def("token_logprobs_workspace", token_logprobs_workspace, "Bytes of workspace; 0 for none.");

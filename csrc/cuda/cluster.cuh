@@ -11,15 +11,15 @@ namespace fastrl::cuda {
 __device__ inline unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 __device__ inline unsigned cluster_size() { return __clusterSizeInBlocks(); }
 
-// Waits for all threads of the cluster, which then see what they wrote to any memory. In two steps:
-// wait() is only for what the others did before they arrived, so arrive() should come early: it
-// takes as long as the thread's stores.
-__device__ inline void cluster_arrive() { __cluster_barrier_arrive(); }
-__device__ inline void cluster_wait() { __cluster_barrier_wait(); }
+// Waits for all threads of the cluster, which then see what they wrote to any memory.
 __device__ inline void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
 }
+
+// The same in two steps, for what the others have read: nothing that was written is waited for.
+__device__ inline void cluster_arrive_relaxed() { __cluster_barrier_arrive_relaxed(); }
+__device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 
 // `p`, an address in the block's shared memory, in that of block `rank` of the cluster.
 template <typename T>
@@ -31,9 +31,9 @@ __device__ T* map_shared(T* p, unsigned rank) {
 
 __device__ inline unsigned cluster_rank() { return 0; }
 __device__ inline unsigned cluster_size() { return 1; }
-__device__ inline void cluster_arrive() {}
-__device__ inline void cluster_wait() { __syncthreads(); }
 __device__ inline void cluster_sync() { __syncthreads(); }
+__device__ inline void cluster_arrive_relaxed() {}
+__device__ inline void cluster_wait() { __syncthreads(); }
 
 template <typename T>
 __device__ T* map_shared(T* p, unsigned) {

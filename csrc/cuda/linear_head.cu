@@ -8,9 +8,9 @@ namespace {
 
 constexpr unsigned kMaxCluster = 8;  // the largest that every device with clusters takes
 
-// A row is shared by more blocks while a block's part is larger: smaller parts let more rows
-// overlap on a multiprocessor.
-constexpr size_t kPreferredBytes = 48 << 10;
+// A row is shared by more blocks while a block's part is larger. Three of these, as many blocks as
+// the registers allow, fit on a multiprocessor of sm_90.
+constexpr size_t kPreferredBytes = 72 << 10;
 
 // The shared memory of one of the blocks that keep a row.
 struct OnChipRow {
@@ -81,7 +81,7 @@ struct OnChipRow {
 };
 
 // A cluster of blocks reads a row, which begins at a 16-byte boundary, once, keeps it in shared
-// memory, and writes its gradient once. `out` may be the logits' own memory.
+// memory, and writes its gradients once. They may lie in the logits' own row.
 template <bool kSoftcap, Gradient kGradient, typename Out>
 __global__ void __launch_bounds__(kRowThreads, 3)
     linear_head_kernel(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     }
     cluster_sync();  // partials are there, and nobody reads the row's memory any more
     const Partial rest = chip.combine_row(tiles, tiles_per_block, map.scale());
-    cluster_arrive();  // before the stores, which it would wait for
+    cluster_arrive_relaxed();  // says only that the others' partials were read: no store waits
     const RowResult result = finish_row(rest, logit, map);
     if (writes_results) results.write(row, result);
     const RowGradient<kSoftcap, kGradient> gradient(result, 1.0f, 1.0f, map);
@@ -145,6 +145,14 @@ Plan plan_of(int tiles, unsigned max_blocks, size_t limit) {
   return {bytes <= limit ? blocks : 0, per_block(), bytes};
 }
 
+// How a row of so many tiles is kept by a kernel of this file; all of them are compiled alike.
+template <typename Kernel>
+Plan plan_for(Kernel kernel, int64_t vocab) {
+  const DeviceLimits limits = device_limits();
+  const bool clusters = limits.clusters && compiled_for_clusters(kernel);
+  return plan_of(tiles_of<float>(vocab), clusters ? kMaxCluster : 1, limits.shared_bytes);
+}
+
 bool is_aligned(const Rows& rows) {
   constexpr int64_t kSize = Pack<float>::kSize;
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.outer_stride % kSize == 0 &&
@@ -157,10 +165,7 @@ bool launch_on_chip(Rows logits, const int64_t* token_ids, const bool* mask, int
                     int64_t vocab, LogitMap map, RowOutputs results, Rows out, Rows entropy_out,
                     void* stream) {
   const auto kernel = linear_head_kernel<kSoftcap, kGradient, Out>;
-  const DeviceLimits limits = device_limits();
-  const bool clusters = limits.clusters && compiled_for_clusters(kernel);
-  const Plan plan =
-      plan_of(tiles_of<float>(vocab), clusters ? kMaxCluster : 1, limits.shared_bytes);
+  const Plan plan = plan_for(kernel, vocab);
   if (plan.blocks == 0 || !is_aligned(logits)) return false;
   const unsigned grid = grid_of(rows * plan.blocks) / plan.blocks * plan.blocks;
   const int tiles_per_block = plan.tiles_per_block;
@@ -178,6 +183,10 @@ void require_float32(const Rows& logits) {
 }
 
 }  // namespace
+
+bool linear_head_on_chip(int64_t vocab) {
+  return plan_for(linear_head_kernel<false, Gradient::logprob, float>, vocab).blocks != 0;
+}
 
 void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, int64_t rows,
                       int64_t vocab, float inv_temperature, float softcap, float* logprobs,
@@ -201,6 +210,11 @@ void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, i
       if (launch_on_chip<cap.value, kGradient, Out>(logits, token_ids, mask, rows, vocab, map,
                                                     results, out, entropy_out, stream)) {
         return;
+      }
+      if (out.data == logits.data && sizeof(Out) < sizeof(float)) {
+        throw std::invalid_argument(
+            "linear_head: out: a gradient of 16 bits in the logits' memory needs "
+            "linear_head_on_chip(vocab) and rows that begin at multiples of 16 bytes");
       }
       read_only();
       launch_gradient<kGradient, float, Out>(

@@ -16,7 +16,9 @@ void gae(int64_t rows, int64_t steps, const float* rewards, const float* values,
          float gae_lambda, float* advantages, float* returns, void* stream);
 
 // What the heads run on chunks of float32 logits between the library's multiplications. `out` has
-// any of the dtypes and may be the logits' own memory; absent rows have data == nullptr.
+// any of the dtypes; absent rows have data == nullptr. Float32 gradients may take the logits' own
+// memory, of 16 bits those of linear_head_rows where linear_head_on_chip(vocab): each row's own,
+// the second one behind the first.
 //
 // Log-prob, statistics, entropy and top1 of each row, and if `out` is there d logprob / d logit in
 // it (then row_stats must be), and if `entropy_out` is there d entropy / d logit in it (then
@@ -25,6 +27,9 @@ void linear_head_rows(Rows logits, const int64_t* token_ids, const bool* mask, i
                       int64_t vocab, float inv_temperature, float softcap, float* logprobs,
                       float* row_stats, float* entropy, bool* top1, Rows out, Rows entropy_out,
                       void* stream);
+
+// Whether the current device keeps whole rows on chip, so that each is read before it is written.
+bool linear_head_on_chip(int64_t vocab);
 
 // As token_logprobs_bwd, of logits that hold the columns of the vocabulary from `begin` on.
 void linear_head_gradient(Rows logits, const int64_t* token_ids, const bool* mask, int64_t begin,
@@ -75,6 +80,9 @@ void ppo_loss(int64_t size, const float* logprobs, const float* values, const fl
               float* stats, float* dlogprobs, float* dvalues, float* dentropy, double* workspace,
               void* stream);
 int64_t ppo_loss_workspace(int64_t size);
+
+// gradient *= *factor, in float32, rounded once; nothing is read or written where that is 1.
+void scale_gradient(void* gradient, int dtype, int64_t size, const float* factor, void* stream);
 
 // Bytes of workspace that token_logprobs_fwd needs to split rows over blocks; 0: it does not split.
 // The split does not change a bit of the results.

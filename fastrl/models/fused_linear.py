@@ -13,7 +13,8 @@ from torch import nn
 
 from fastrl.checks import is_plain
 from fastrl.ops.backend import transforming
-from fastrl.ops.lora_linear import lora_linear
+from fastrl.ops.cpu_products import is_widened
+from fastrl.ops.lora_linear import WIDENED_ROWS, lora_linear, plain, prefers_plain
 
 # PEFT's LoRA layers on quantised weights, some of which are installed with their library alone.
 QUANTISED = (
@@ -47,6 +48,8 @@ class FusedLinear(Linear):
         share = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         if _line_is_faster(x, lora_a):
             return _line(x, weight, bias, lora_a, lora_b, scaling, share)
+        if not share and prefers_plain(x, len(weight)) and not torch.is_autocast_enabled("cuda"):
+            return plain(x, weight, lora_a, lora_b, scaling, bias)
         return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout=share)
 
     def fusable_adapter(self) -> tuple[str, str]:
@@ -113,11 +116,13 @@ def why_not(layer: LoraLayer) -> str:
 
 def _line_is_faster(x: torch.Tensor, lora_a: torch.Tensor) -> bool:
     """Whether PEFT's line is the faster one. Measured on CPUs alone; who asks for a backend means the op."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or os.environ.get("FASTRL_BACKEND"):
         return False
+    if is_widened(x.dtype):
+        return not torch.is_grad_enabled() and x.numel() < WIDENED_ROWS * x.shape[-1]
     few = x.numel() < (LINE_TRAINING_ROWS if torch.is_grad_enabled() else LINE_ROWS) * x.shape[-1]
     widens = lora_a.dtype != x.dtype and not (x.dtype == torch.bfloat16 and FAST_BFLOAT16)
-    return (few or widens) and not os.environ.get("FASTRL_BACKEND")
+    return few or widens
 
 
 def _line(x, weight, bias, lora_a, lora_b, scaling, dropout):

@@ -108,7 +108,8 @@ def patch(model: nn.Module, *, expect_layers: bool = True) -> Patch:
     Where PEFT's line is the faster one (few rows on a CPU; float32 adapters where it emulates the base's dtype), layers
     compute that line and have PEFT's bits. Else two things differ: float32 adapters on a half-precision base are used
     in the base's dtype, so that their gradients, float32 as well, are rounded to it on the way (relative error 3e-3 in
-    bfloat16; outputs err as PEFT's do), and dropout masks come from another generator.
+    bfloat16; outputs err as PEFT's do), and dropout masks come from another generator. A CPU that does not multiply 16
+    bits computes all of it in float32 and rounds the results alone.
 
         model = peft.get_peft_model(model, config)
         fastrl.patch(model)

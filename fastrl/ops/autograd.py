@@ -30,9 +30,10 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[...,
                 return backward(ctx, *upstreams)
             if not torch.is_grad_enabled():
                 return backward(ctx, *map(_in_memory, upstreams))
+            # Before the backward pass, which may write to what was saved.
+            inputs = [t for t in (*upstreams, *ctx.saved_tensors, *getattr(ctx, "inputs", ())) if t is not None]
             with torch.no_grad():
                 gradients = backward(ctx, *map(_in_memory, upstreams))
-            inputs = [t for t in (*upstreams, *ctx.saved_tensors, *getattr(ctx, "inputs", ())) if t is not None]
             return _DifferentiatedTwice.apply(op, gradients, *inputs)
 
         return run

@@ -48,6 +48,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     if device.type not in DEVICES[backend]:
         return f"tensors are on {device.type}"
     if device.type == "cuda":
+        if torch.version.hip:
+            return f"this torch is built for ROCm {torch.version.hip}; the GPU kernels are for NVIDIA's GPUs"
         capability = compute_capability(device.index)
         if capability < OLDEST_GPU:
             major, minor = capability

@@ -12,6 +12,7 @@ from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose
 from fastrl.ops.linear_head import autocast, check_head, empty, head_forward, head_logprobs, input_gradients
 from fastrl.ops.logit_options import check_logit_options, without_scale
+from fastrl.ops.scale_gradient import scale_gradient
 from fastrl.reference import linear_cross_entropy as reference
 
 OP = "linear_cross_entropy"
@@ -131,5 +132,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 ctx.backend, hidden, lora_a if ctx.needs_input_grad[3] else None, ctx.options[0], keep,
                 direction, None, dlogprobs, None,
             )  # fmt: skip
-        dweight, dbias, dlora_b = (None if g is None else g * dloss.to(g.dtype) for g in gradients)
+        dweight, dbias, dlora_b = (None if g is None else scale_gradient(ctx.backend, g, dloss) for g in gradients)
         return dhidden, dweight, dbias, dlora_a, dlora_b, None, None, None, None, None

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Bytes of a chunk's logits and their gradients. 1024 rows of a vocabulary of 128256 with gradients in 16 bits, 2048
-# without: the weight is read once for so many rows, and products of so many rows occupy a large GPU.
+# Bytes of a chunk's logits and their gradients. 2048 rows of a vocabulary of 128256, or 1024 where gradients of 16 bits
+# have memory of their own: the weight is read once for so many, and products of so many occupy a large GPU.
 WORKSPACE_BYTES = 1 << 30
 MIN_ROWS = 128  # of a chunk; all chunks but the last are multiples of it
 BLOCK_ROWS = 8192  # at most, of a chunk that goes with a block of the vocabulary
@@ -26,53 +26,60 @@ def batch_invariant() -> bool:
     return os.environ.get("FASTRL_BATCH_INVARIANT", "") not in ("", "0")
 
 
-def workspace(count, vocab, copies, like):
+def workspace(count, vocab, copies, like, in_place=False):
     """Buffers for a chunk of at most `count` rows: see `_buffers`. Their length is the chunk's."""
-    element = 4 + 2 * like.element_size() if batch_invariant() else _element_bytes(copies, like)
+    element = 4 + 2 * like.element_size() if batch_invariant() else _element_bytes(copies, like, in_place)
     at_most = max(MIN_ROWS, WORKSPACE_BYTES // (vocab * element))
     at_most = 1 << (at_most.bit_length() - 1)
     if batch_invariant():
-        return _buffers(at_most, vocab, copies, like)
-    return _buffers(min(at_most, count), vocab, copies, like, may_shrink=True)
+        return _buffers(at_most, vocab, copies, like, in_place)
+    return _buffers(min(at_most, count), vocab, copies, like, in_place, may_shrink=True)
 
 
 def block_workspace(count, vocab, like):
     """Logits and one gradient of a chunk of at most `count` rows and a block of the vocabulary: see `_buffers`."""
     at_most = min(max(count, 1), BLOCK_ROWS)
-    columns = WORKSPACE_BYTES // (at_most * _element_bytes(1, like)) // MIN_ROWS * MIN_ROWS
+    columns = WORKSPACE_BYTES // (at_most * _element_bytes(1, like, in_place=False)) // MIN_ROWS * MIN_ROWS
     (_, columns), *_ = spans(vocab, max(columns, MIN_ROWS))
     return _buffers(at_most, columns, 1, like, may_shrink=True)
 
 
-def _element_bytes(copies, like):
-    """Bytes of a logit and its gradients; the first of float32 gradients takes the place of the logits."""
-    return 4 + like.element_size() * copies - (4 if copies and like.dtype == torch.float32 else 0)
+def _copies_within(copies, like, in_place):
+    """How many of a row's gradients lie in the memory of its logits: of float32 ones the first, of 16 bits both."""
+    return min(copies, 1) if like.dtype == torch.float32 else copies * in_place
 
 
-def _buffers(count, columns, copies, like, may_shrink=False):
+def _element_bytes(copies, like, in_place):
+    """Bytes of a logit and its gradients."""
+    return 4 + like.element_size() * (copies - _copies_within(copies, like, in_place))
+
+
+def _buffers(count, columns, copies, like, in_place=False, may_shrink=False):
     """float32 logits (count, columns) and `copies` matrices for their gradients in the dtype of `like`.
 
-    A row takes a multiple of 64 elements, so that every row is aligned whatever the vocabulary. If memory is short and
-    the rows may be fewer, their number is halved down to MIN_ROWS.
+    A row takes a multiple of 64 elements, so that every row is aligned whatever the vocabulary. `in_place`: gradients
+    of 16 bits take the memory of their logits, one behind the other. If memory is short and the rows may be fewer,
+    their number is halved down to MIN_ROWS.
     """
     stride = -(-columns // 64) * 64
-    in_place = copies > 0 and like.dtype == torch.float32
-    dtypes = [torch.float32] + [like.dtype] * (copies - in_place)
+    within = _copies_within(copies, like, in_place)
+    dtypes = [torch.float32] + [like.dtype] * (copies - within)
     while True:
         buffers: list[torch.Tensor] = []
         try:
             for dtype in dtypes:
                 buffers.append(torch.empty(count, stride, dtype=dtype, device=like.device))
-            return [buffer[:, :columns] for buffer in buffers[:1] * in_place + buffers]
+            parts = list(buffers[0].view(like.dtype).split(stride, 1)) if within else []
+            return [buffer[:, :columns] for buffer in (buffers[0], *parts[:within], *buffers[1:])]
         except torch.OutOfMemoryError as error:
             if not may_shrink or count <= MIN_ROWS:
-                raise torch.OutOfMemoryError(_no_memory(count, columns, copies, like)) from error
+                raise torch.OutOfMemoryError(_no_memory(count, columns, dtypes, like)) from error
         buffers.clear()  # what was had of them counts in the next attempt
         count = max(MIN_ROWS, count // 2)
 
 
-def _no_memory(count, columns, copies, like):
-    asked = count * columns * _element_bytes(copies, like) >> 20
+def _no_memory(count, columns, dtypes, like):
+    asked = count * columns * sum(dtype.itemsize for dtype in dtypes) >> 20
     free = torch.cuda.mem_get_info(like.device)[0] >> 20 if like.is_cuda else 0
     return (
         f"linear head: workspace: expected {asked} MiB for {count} rows of {columns} logits, got {free} MiB free on "

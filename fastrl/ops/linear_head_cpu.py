@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastrl.checks import check_range
+from fastrl.ops.cpu_products import multiply_dtype
 from fastrl.ops.native import _C, row_layout
 
 # Rows and bytes of a block of logits. Measured at M = 2048, H = 576, V = 49152 in bfloat16 on Zen 5 with 32 MiB of L3:
@@ -75,7 +76,7 @@ def forward(
     kept = _kept(mask)
     token_ids = _take(token_ids, kept)
     check_range(token_ids, len(weight), "linear_logprobs")
-    head = Head(weight, lora_b, bias, _multiply_dtype(hidden.dtype))
+    head = Head(weight, lora_b, bias, multiply_dtype(hidden.dtype))
     x = head.inputs(_take(hidden, kept), lora_a, scaling)
     if kept is not None:
         for output in outputs:
@@ -233,7 +234,7 @@ def backward_weights(
     kept = _kept(mask)
     inputs = (token_ids, row_stats, logprobs, entropy, dlogprobs, dentropy)
     per_row = [None if tensor is None else _take(tensor, kept) for tensor in inputs]
-    head = Head(weight, lora_b, bias, _multiply_dtype(hidden.dtype))
+    head = Head(weight, lora_b, bias, multiply_dtype(hidden.dtype))
     x = head.inputs(_take(hidden, kept), lora_a, scaling)
     width = hidden.shape[1]
     first = 0 if dweight is not None else width  # column of x from which gradients are needed
@@ -263,15 +264,6 @@ def backward_hidden(direction, entropy_direction, mask, dlogprobs, dentropy, din
 
 def _floats(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
-
-
-def _multiply_dtype(dtype: torch.dtype) -> torch.dtype:
-    """`dtype` where oneDNN multiplies it natively; else float32 (torch's own half-precision loops are 20x slower)."""
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype if dtype in native and native[dtype]() else torch.float32
 
 
 def _kept(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -29,7 +29,7 @@ from fastrl.ops.linear_head_chunks import (
     spans,
     workspace,
 )
-from fastrl.ops.native import launch_cuda, row_layout, triton_kernel
+from fastrl.ops.native import ask_cuda, launch_cuda, row_layout, triton_kernel
 
 
 class Rows(NamedTuple):
@@ -70,7 +70,9 @@ def forward(
     found = [o if o is None or kept is None else o.new_empty((count, *o.shape[1:])) for o in outputs]
     totals = _Totals(head, dweight, dbias, dlora_b)
     copies = 2 if entropy_direction is not None else int(direction is not None or upstream is not None)
-    logits, *gradients = workspace(count, len(weight), copies, hidden)
+    # The kernel reads a whole row before it writes any of it.
+    in_place = copies > 0 and backend == "cuda" and ask_cuda("linear_head_on_chip", hidden, len(weight))
+    logits, *gradients = workspace(count, len(weight), copies, hidden, in_place)
     for begin, end in spans(count, len(logits)):
         size = end - begin
         part, results = batch.span(begin, end), [None if o is None else o[begin:end] for o in found]

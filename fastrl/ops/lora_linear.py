@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastrl.checks import check, check_device, check_float, check_number, check_plain, check_shape, check_unit
 from fastrl.ops import lora_linear_cpu, lora_linear_gpu
 from fastrl.ops.autograd import differentiable_once
-from fastrl.ops.backend import choose
+from fastrl.ops.backend import choose, transforming
+from fastrl.ops.cpu_products import is_widened
 from fastrl.ops.native import autocast_dtype
 from fastrl.reference import lora_linear as reference
 
@@ -48,19 +51,20 @@ def lora_linear(
     Args:
         x: (..., K) float32, bfloat16 or float16 (float64 runs on `reference`). Any strides.
         weight: (O, K), usually frozen; dtype of x. Its gradient is formed only if it requires one.
-        lora_a: (r, K), r >= 1, any float dtype: used in the dtype of x, gradient in its own.
+        lora_a: (r, K), r >= 1, any float dtype: used in the dtype of x (or float32: see numerics), gradient in its own.
         lora_b: (O, r), likewise.
         scaling: a finite number, PEFT's lora_alpha / r.
         bias: (O,), dtype of x.
         dropout: in [0, 1): the probability that D zeroes an element of x (the rest is divided by 1 - dropout). The mask
             is never stored: Philox4x32-10 regenerates it from one seed, drawn on each call from the device's generator
             (so torch.manual_seed and torch.utils.checkpoint reproduce it). Pass 0 in evaluation.
-        backend: None chooses (eager torch for small batches on a CPU); else one of reference, cpu, triton, cuda.
+        backend: None chooses (plain torch where the work is small); else one of reference, cpu, triton, cuda.
     Returns:
         (..., O) in the dtype of x.
     Raises:
         ValueError: shape, dtype, device or value does not fit.
-    Numerics: products accumulate in fp32; D(x) A^T, the first product and the result are rounded to the dtype of x.
+    Numerics: products accumulate in fp32; D(x) A^T, the first product and the result are rounded to the dtype of x. On
+        a CPU without products of 16 bits everything is float32, and results alone are rounded.
         Under torch.autocast every argument is cast as F.linear would cast it. Differentiable once.
     Source: Hu et al. 2021, arXiv:2106.09685; Salmon et al. 2011 (Philox).
     """
@@ -104,13 +108,18 @@ def _run(op, x, layers, dropout, backend):
         layers = [_cast_base(layer, dtype) for layer in layers]
     for layer in layers:
         _check_layer(op, x, layer)
+    if backend is None and dropout == 0 and prefers_plain(x, sum(len(layer.weight) for layer in layers)):
+        return [plain(x, *layer) for layer in layers]
     backend = choose(op, x, backend, eager=_eager_is_faster(x, layers, dropout))
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference":
         return reference.lora_linear_group(x, layers, dropout, seed)
     tensors: list[torch.Tensor | None] = []
+    widened = backend == "cpu" and is_widened(x.dtype)  # adapters then keep what precision they have
     for weight, lora_a, lora_b, _, bias in layers:
-        tensors += (weight, _in_dtype_of(x, lora_a), _in_dtype_of(x, lora_b), bias)
+        if not widened:
+            lora_a, lora_b = _in_dtype_of(x, lora_a), _in_dtype_of(x, lora_b)
+        tensors += (weight, lora_a, lora_b, bias)
     scalings = [layer.scaling / (1.0 - dropout) for layer in layers]  # the mask then only selects
     if not torch.is_grad_enabled():
         return _forward(x, seed, dropout, scalings, backend, tensors)[0]
@@ -120,14 +129,38 @@ def _run(op, x, layers, dropout, backend):
 # Rows below which, on a CPU, calls cost more than the fused products save: without and with gradients
 # (benches/NOTES.md).
 EAGER_ROWS, EAGER_TRAINING_ROWS = 48, 128
+# The same without gradients where 16-bit matrices are multiplied in float32; with gradients none are too few.
+WIDENED_ROWS = 16
 
 
 def _eager_is_faster(x, layers, dropout):
     limit = EAGER_TRAINING_ROWS if torch.is_grad_enabled() else EAGER_ROWS
+    if is_widened(x.dtype):
+        limit = 0 if torch.is_grad_enabled() else WIDENED_ROWS
     if x.device.type != "cpu" or dropout > 0 or x.numel() >= limit * x.shape[-1]:
         return False
     same_dtype = (layer.lora_a.dtype == layer.lora_b.dtype == x.dtype for layer in layers)
     return all(same_dtype)  # else eager widens x
+
+
+# Multiply-adds of the base products below which, on a GPU, the host's calls take longer than the device: forward and
+# backward, an H100 needs some 120 us for so many. To be set by rows of a device.
+PLAIN_WORK = 1 << 34
+
+
+def prefers_plain(x: torch.Tensor, outputs: int) -> bool:
+    """Whether, on a GPU, `plain` is called in less time than the op and its kernels would need."""
+    if x.device.type != "cuda" or x.numel() * outputs >= PLAIN_WORK:
+        return False
+    return not (os.environ.get("FASTRL_BACKEND") or transforming())
+
+
+def plain(x, weight, lora_a, lora_b, scaling, bias=None):
+    """lora_linear without dropout as three calls of the library: the adapter's second product adds to the base's."""
+    rows = x.reshape(-1, x.shape[-1])
+    down = F.linear(rows, _in_dtype_of(x, lora_a))
+    y = F.linear(rows, weight, bias).addmm_(down, _in_dtype_of(x, lora_b).t(), alpha=scaling)
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _in_dtype_of(x, tensor):

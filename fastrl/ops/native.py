@@ -87,6 +87,14 @@ def cuda_workspace(name: str, *sizes: int, like: torch.Tensor, dtype: torch.dtyp
     return like.new_empty(elements, dtype=dtype) if elements else None
 
 
+def ask_cuda(name: str, tensor: torch.Tensor, *args: Any) -> Any:
+    """What `name` of csrc/cuda says of the device of `tensor`."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return getattr(cuda, name)(*args)
+    with torch.cuda.device(tensor.device):
+        return getattr(cuda, name)(*args)
+
+
 def launch_cuda(name: str, tensor: torch.Tensor, *args: Any) -> None:
     """Calls `name` of csrc/cuda on the device of `tensor` and torch's current stream there; does not wait."""
     function = getattr(cuda, name)

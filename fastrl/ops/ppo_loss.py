@@ -23,6 +23,7 @@ from fastrl.masked import compute_dtype
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose_for
 from fastrl.ops.native import _C, as_data, cuda_workspace, launch_cuda, native_op, threads_for, triton_kernel
+from fastrl.ops.scale_gradient import scale_gradient
 from fastrl.reference import ppo_loss as reference
 
 OP = "ppo_loss"
@@ -184,7 +185,7 @@ class _PPOLoss(torch.autograd.Function):
             *options, loss, stats, *gradients,
         )  # fmt: skip
         ctx.save_for_backward(*gradients)
-        ctx.inputs = (logprobs, values, entropy)
+        ctx.inputs, ctx.backend = (logprobs, values, entropy), backend
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -192,7 +193,9 @@ class _PPOLoss(torch.autograd.Function):
     @differentiable_once(OP)
     def backward(ctx, dloss, _):
         gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return *(g * dloss if g is not None and needed else None for g, needed in gradients), *[None] * 9
+        return *(
+            scale_gradient(ctx.backend, g, dloss) if g is not None and needed else None for g, needed in gradients
+        ), *[None] * 9
 
 
 def _loss_cpu(logprobs, *rest):

@@ -21,6 +21,7 @@ from fastrl.masked import compute_dtype
 from fastrl.ops.autograd import differentiable_once
 from fastrl.ops.backend import choose_for
 from fastrl.ops.native import _C, as_data, native_op, threads_for
+from fastrl.ops.scale_gradient import scale_gradient
 from fastrl.reference import ranking_loss as reference
 
 OP = "ranking_loss"
@@ -108,7 +109,7 @@ class _RankingLoss(torch.autograd.Function):
         dscores = torch.empty_like(scores)
         _loss(backend, scores, group_ids, ranks, margins, center_coef, loss, stats, dscores)
         ctx.save_for_backward(dscores)
-        ctx.inputs = (scores,)
+        ctx.inputs, ctx.backend = (scores,), backend
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -116,7 +117,7 @@ class _RankingLoss(torch.autograd.Function):
     @differentiable_once(OP)
     def backward(ctx, dloss, _):
         (dscores,) = ctx.saved_tensors
-        return dscores * dloss, None, None, None, None, None
+        return scale_gradient(ctx.backend, dscores, dloss), None, None, None, None, None
 
 
 def _loss_cpu(scores, *rest):

@@ -62,6 +62,14 @@ def test_an_old_gpu_is_named(hopper, monkeypatch):
         backend.choose_for("lora_linear", GPU, torch.float32, "cuda")
 
 
+def test_another_vendors_gpu_is_named(hopper, monkeypatch):
+    """torch calls the devices of ROCm `cuda` too."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for name in ("cuda", "triton"):
+        assert "built for ROCm 6.4" in backend.why_not(name, "lora_linear", GPU, torch.float32)
+    assert backend.choose_for("lora_linear", GPU, torch.float32) == "reference"
+
+
 def test_a_module_without_cuda_is_named(hopper, monkeypatch):
     monkeypatch.setattr(backend, "cuda", None)
     assert "built without CUDA" in backend.why_not("cuda", "lora_linear", GPU, torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from heads import HeadCase, head_case, lora_of, on, small_chunks
-from oracle import DTYPES, assert_as_accurate
+from oracle import DTYPES, GPU_TANH, assert_as_accurate
 
 from fastrl.ops import linear_cross_entropy, linear_head_gpu
 
@@ -55,7 +55,7 @@ def test_matches_float64(gpu_backend, device, monkeypatch, dtype, chunks, head):
     eager = results(case, backend="reference", **options)
     truth = results(case.to(torch.float64), backend="reference", **options)
     for name, value in actual.items():
-        assert_as_accurate(value, eager[name], truth[name], name)
+        assert_as_accurate(value, eager[name], truth[name], name, GPU_TANH * options["softcap"])
     assert actual["loss"].dtype == torch.float32
     assert all(actual[name].dtype == dtype for name in actual if name != "loss")  # T30
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from gpus import HAS_GPU
-from oracle import DTYPES, arg_max_cases, assert_as_accurate
+from oracle import DTYPES, GPU_TANH, arg_max_cases, assert_as_accurate
 
 from fastrl.ops.linear_head_gpu import gradient_kernel, row_kernel
+from fastrl.ops.native import ask_cuda
 from fastrl.reference.token_logprobs import token_logprobs as reference
 
 NAN = float("nan")
@@ -57,7 +58,7 @@ def assert_accurate(results, logits, ids, temperature, softcap):
     eager = truth_of(logits, ids, temperature, softcap, torch.float32)
     names = ("logprobs", "entropy", "d logprob", "d entropy")
     for name, a, e, t in zip(names, (logprobs, entropy, out, entropy_out), eager, truth, strict=True):
-        assert_as_accurate(a, e, t, name)
+        assert_as_accurate(a, e, t, name, GPU_TANH * softcap)
 
 
 # How the CUDA kernel works; without a GPU the tests choose by what the device offers: shared memory, clusters.
@@ -65,12 +66,19 @@ CLUSTERS, BLOCKS, TWO_PASSES = (227 << 10, True), (227 << 10, False), (0, False)
 WAYS = {"triton": None, "cuda": None} if HAS_GPU else {
     "triton": None, "cuda, clusters": CLUSTERS, "cuda, single blocks": BLOCKS, "cuda, two passes": TWO_PASSES
 }  # fmt: skip
-each_way = pytest.mark.parametrize(
-    ("gpu_backend", "offer"),
-    [(name.split(",")[0], offer) for name, offer in WAYS.items()],
-    ids=list(WAYS),
-    indirect=True,
-)
+
+
+def each_of(ways):
+    return pytest.mark.parametrize(
+        ("gpu_backend", "offer"),
+        [(name.split(",")[0], offer) for name, offer in ways.items()],
+        ids=list(ways),
+        indirect=True,
+    )
+
+
+each_way = each_of(WAYS)
+each_cuda_way = each_of({name: offer for name, offer in WAYS.items() if name != "triton"})
 
 
 @pytest.fixture
@@ -84,9 +92,9 @@ def offer(request):
     set_limits(*CLUSTERS)
 
 
-# 13001 columns take a cluster of two blocks, 50257 one of eight or, without clusters, one large block.
+# 19001 columns take a cluster of two blocks, 50257 one of four or, without clusters, one large block, 80003 eight.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 127, 129, 1000, 2049, 13001])
+@pytest.mark.parametrize("vocab", [1, 2, 127, 129, 1000, 2049, 19001])
 @each_way
 def test_matches_float64(gpu_backend, offer, device, vocab, dtype):
     """T3, T4, T16: results and directions in any dtype, any vocabulary."""
@@ -102,11 +110,37 @@ def test_matches_float64(gpu_backend, offer, device, vocab, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 127, 1000, 19001])
+@each_cuda_way
+def test_gradients_in_the_memory_of_their_logits(gpu_backend, offer, device, vocab, dtype):
+    """Of 16 bits, where the device keeps whole rows on chip; elsewhere they are refused, and nothing is written."""
+    logits, ids = case(5, vocab, device)
+    mask = torch.tensor([True, False, True, True, True], device=device)
+    apart = run(gpu_backend, logits, ids, dtype, mask)
+    stride = logits.stride(0)
+    whole = logits.as_strided((5, stride), (stride, 1))
+    kept = whole.clone()
+    out, entropy_out = (part[:, :vocab] for part in whole.view(dtype).split(stride, 1))
+    logprobs, entropy = torch.full((2, 5), NAN, device=device)
+    row_stats = torch.full((5, 2), NAN, device=device)
+    arguments = (gpu_backend, logits, ids, mask, 1.0, 0.0, logprobs, row_stats, entropy, None, out, entropy_out)
+    if not ask_cuda("linear_head_on_chip", logits, vocab):
+        with pytest.raises(ValueError, match="on_chip"):
+            row_kernel(*arguments)
+        torch.testing.assert_close(whole, kept, rtol=0, atol=0, equal_nan=True)
+        return
+    row_kernel(*arguments)
+    for a, b in zip((logprobs, row_stats, entropy, out, entropy_out), apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("vocab", [50257, 80003])
 @each_way
-def test_long_rows(gpu_backend, offer, device):
-    """A cluster of eight blocks; targets in the first, a middle and the last block."""
-    logits, ids = case(3, 50257, device)
-    ids[:] = torch.tensor([0, 30000, 50256])
+def test_long_rows(gpu_backend, offer, device, vocab):
+    """A cluster of four or eight blocks; targets in the first, a middle and the last block."""
+    logits, ids = case(3, vocab, device)
+    ids[:] = torch.tensor([0, vocab // 2, vocab - 1])
     assert_accurate(run(gpu_backend, logits, ids), logits, ids, 1.0, 0.0)
 
 

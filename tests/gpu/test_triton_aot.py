@@ -30,6 +30,7 @@ MOST_VARIANTS = {
     "advantage_rows_kernel": 13,
     "whiten_kernel": 3,
     "ppo_blocks_kernel": 3,
+    "scale_gradient_kernel": 3,
 }
 
 

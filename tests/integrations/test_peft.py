@@ -196,8 +196,9 @@ def trained(model, x):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
-def test_a_small_batch_has_the_bits_of_peft(dtypes, autocast, dropout):
+def test_a_small_batch_has_the_bits_of_peft(monkeypatch, dtypes, autocast, dropout):
     """Values, gradients and dropout masks, where PEFT's own line is the faster one."""
+    monkeypatch.setattr(fused_linear, "is_widened", lambda dtype: False)
     net = nn.Sequential(nn.Linear(48, 24)).to(dtypes[0])
     config = peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
     model = peft.get_peft_model(net, config, autocast_adapter_dtype=dtypes[1] == torch.float32)
@@ -221,12 +222,26 @@ def test_a_small_batch_has_the_bits_of_peft(dtypes, autocast, dropout):
 @pytest.mark.parametrize("rows", [127, 128])
 def test_float32_adapters_stay_float32_where_a_cpu_emulates_bfloat16(monkeypatch, rows, fast):
     monkeypatch.setattr(fused_linear, "FAST_BFLOAT16", fast)
+    monkeypatch.setattr(fused_linear, "is_widened", lambda dtype: False)
     seen = []
     monkeypatch.setattr(fused_linear, "lora_linear", lambda x, *_, **__: seen.append(len(x)) or x)
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), peft.LoraConfig(target_modules=["0"]))
     fastrl.patch(model)
     model(torch.randn(rows, 8).bfloat16())
     assert seen == ([128] if fast and rows == 128 else [])
+
+
+@pytest.mark.parametrize(("rows", "training", "fused"), [(1, True, True), (15, False, False), (16, False, True)])
+def test_sixteen_bits_that_a_cpu_does_not_multiply_are_widened(monkeypatch, rows, training, fused):
+    """Even a single row whose gradients are wanted: torch's own loops take longer than the weight's conversion."""
+    monkeypatch.setattr(fused_linear, "is_widened", lambda dtype: True)
+    seen = []
+    monkeypatch.setattr(fused_linear, "lora_linear", lambda x, *_, **__: seen.append(len(x)) or x)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), peft.LoraConfig(target_modules=["0"]))
+    fastrl.patch(model)
+    with torch.set_grad_enabled(training):
+        model(torch.randn(rows, 8).bfloat16())
+    assert bool(seen) == fused
 
 
 def test_a_small_batch_goes_to_the_op_where_a_backend_is_asked_for(monkeypatch):

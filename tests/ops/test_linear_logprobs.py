@@ -16,6 +16,7 @@ from oracle import DTYPES, strided_variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.ops import linear_head_cpu, linear_logprobs, token_logprobs
+from fastrl.ops.cpu_products import is_widened
 
 NATIVE = "cpu"
 HEADS = {"plain": {}, "bias": {"bias": True}, "lora": {"lora": True}, "bias and lora": {"bias": True, "lora": True}}
@@ -317,7 +318,7 @@ def test_memory_stays_within_the_blocks():
         peak = max(peak, total)
     sums = linear_head_cpu.CHUNK_ROWS * width * (4 + 2 + 2 + 2)  # sums, a block's part, targets, direction to store
     saved = 2 * rows * width * 2  # direction, gradient
-    if linear_head_cpu._multiply_dtype(torch.bfloat16) == torch.float32:  # x, the direction, a block of the weight
+    if is_widened(torch.bfloat16):  # x, the direction, a block of the weight
         saved += (2 * rows + linear_head_cpu.BLOCK_BYTES // (4 * linear_head_cpu.CHUNK_ROWS)) * width * 4
     assert len(events) > 10 and peak > saved
     assert peak <= linear_head_cpu.BLOCK_BYTES + sums + saved + (1 << 19)

@@ -1,3 +1,4 @@
+import sys
 import weakref
 
 import pytest
@@ -48,10 +49,19 @@ def double(layers):
     return [LoRAWeights(*(t.double() if isinstance(t, torch.Tensor) else t for t in one)) for one in layers]
 
 
+def set_widened(monkeypatch, widened):
+    """Whether 16-bit matrices are multiplied in float32, whatever this CPU does; several blocks of a weight."""
+    for module in ("lora_linear", "lora_linear_cpu"):
+        monkeypatch.setattr(sys.modules[f"fastrl.ops.{module}"], "is_widened", lambda dtype: widened)
+    monkeypatch.setattr(sys.modules["fastrl.ops.lora_linear_cpu"], "WIDENED_ELEMENTS", 67 * 15)
+
+
+@pytest.mark.parametrize("widened", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64(dtype, dropout):
+def test_matches_float64(monkeypatch, dtype, dropout, widened):
     """T22, T23, pitfalls 24, 31: outputs and every gradient within twice eager's error, with the same dropout mask."""
+    set_widened(monkeypatch, widened)
     layers = [
         layer(67, 33, 5, dtype),
         layer(67, 10, 16, dtype, 2.0, bias=False, seed=1),
@@ -64,6 +74,24 @@ def test_matches_float64(dtype, dropout):
     for i, (a, e, t) in enumerate(zip(actual, eager, truth, strict=True)):
         assert a.dtype == dtype
         assert_as_accurate(a, e, t, f"result {i}")
+
+
+def test_widened_products_keep_the_precision_of_the_adapters(monkeypatch):
+    """Adapters of float32 beside a bfloat16 base, PEFT's default: their gradients are not rounded on the way."""
+    set_widened(monkeypatch, True)
+    one = layer(67, 33, 5, torch.bfloat16)._replace(lora_a=rows(5, 67, seed=1), lora_b=rows(33, 5, seed=2))
+    x = rows(9, 67, dtype=torch.bfloat16)
+    upstream = rows(9, 33, dtype=torch.bfloat16, seed=3)
+
+    def gradients(x, layer, **options):
+        leaves = [leaf(t) for t in layer]
+        y = lora_linear(x, *leaves[:4], bias=leaves[4], **options)
+        return torch.autograd.grad(y, leaves[1:3], upstream.to(y.dtype))
+
+    truth = gradients(x.double(), *double([one]), backend="reference")
+    for found, expected in zip(gradients(x, one, backend=NATIVE), truth, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert found.dtype == torch.float32
 
 
 def test_equals_the_torch_line():
@@ -386,18 +414,22 @@ def test_properties(count, features, out, rank, scaling, seed):
 
 
 @pytest.mark.parametrize(
-    "count, training, dropout, adapters, eager",
+    "count, training, dropout, adapters, widened, eager",
     [
-        (16, False, 0.0, torch.bfloat16, True),
-        (64, False, 0.0, torch.bfloat16, False),
-        (64, True, 0.0, torch.bfloat16, True),
-        (128, True, 0.0, torch.bfloat16, False),
-        (16, True, 0.1, torch.bfloat16, False),
-        (16, True, 0.0, torch.float32, False),
+        (16, False, 0.0, torch.bfloat16, False, True),
+        (64, False, 0.0, torch.bfloat16, False, False),
+        (64, True, 0.0, torch.bfloat16, False, True),
+        (128, True, 0.0, torch.bfloat16, False, False),
+        (16, True, 0.1, torch.bfloat16, False, False),
+        (16, True, 0.0, torch.float32, False, False),
+        (8, False, 0.0, torch.bfloat16, True, True),
+        (16, False, 0.0, torch.bfloat16, True, False),
+        (1, True, 0.0, torch.bfloat16, True, False),
     ],
 )
-def test_small_batches_run_eagerly(monkeypatch, count, training, dropout, adapters, eager):
+def test_small_batches_run_eagerly(monkeypatch, count, training, dropout, adapters, widened, eager):
     """Where calls cost more than fused products save; an explicit backend is still obeyed."""
+    set_widened(monkeypatch, widened)
     module, calls = "fastrl.reference.lora_linear.lora_linear_group", []
     original = reference.lora_linear_group
     monkeypatch.setattr(module, lambda *args: calls.append(args) or original(*args))

@@ -9,6 +9,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What rounding the result itself costs, relative to its size.
 ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-14, torch.bool: 0.0}
 
+GPU_TANH = (
+    2.0**-22
+)  # error of a soft-capped logit on a GPU, in softcaps: its tanh comes from an approximate exponential
+
 
 def assert_as_accurate(actual, eager, truth, name="result", slack=0.0):
     """The largest error against the float64 truth is at most twice that of same-dtype eager torch, plus rounding.

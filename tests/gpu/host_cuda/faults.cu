@@ -70,7 +70,7 @@ __global__ void reuse_what_the_other_block_reads(float* x) {
   const float* other = map_shared(tile, cluster_rank() ^ 1);
   float value = 0.0f;
   if (kReadFirst) value = other[threadIdx.x];
-  cluster_arrive();
+  cluster_arrive_relaxed();
   if (!kReadFirst) value = other[threadIdx.x];
   cluster_wait();
   tile[threadIdx.x] = 0.0f;
@@ -79,7 +79,7 @@ __global__ void reuse_what_the_other_block_reads(float* x) {
 
 template <bool kWait>
 __global__ void arrive_twice(float*) {
-  cluster_arrive();
+  cluster_arrive_relaxed();
   if (kWait) cluster_wait();
   cluster_sync();
 }

@@ -103,7 +103,7 @@ inline void wait_for_copies() {
 
 inline unsigned cluster_rank() { return host_cuda::cluster_rank(); }
 inline unsigned cluster_size() { return host_cuda::cluster_size(); }
-inline void cluster_arrive() { host_cuda::cluster_arrive(); }
+inline void cluster_arrive_relaxed() { host_cuda::cluster_arrive(); }
 inline void cluster_wait() { host_cuda::cluster_wait(); }
 inline void cluster_sync() { host_cuda::cluster_barrier(); }
 
