@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 GOOD_SHARE = 0.45  # of the answers in the SFT data
 SLIP_SHARE = 0.02  # of the answers that the labeller misjudges
-OVERALL_SHARE = 0.7  # of the rankings are by all criteria, the others by one
-WEIGHTS = {"helpful": 0.4, "honest": 0.8, "harmless": 0.4}  # of the scores in PPO; what is false is hardest to see
+OVERALL_SHARE = 0.8  # of the rankings are by all criteria, the others by one
+WEIGHTS = {"helpful": 0.5, "honest": 0.5, "harmless": 0.5}  # of the scores in PPO
 SAMPLED, RANKED = 3, 4  # answers per ranking: sampled from the SFT model, and in all; writers give the rest
 MAX_NEW_TOKENS = 28
 BATCH, REWARD_BATCH, PPO_BATCH = 16, 8, 64  # lessons and instructions, rankings, prompts per step or iteration
@@ -31,9 +31,9 @@ class Budget(NamedTuple):
 
     pretrain_steps: int = 280
     sft_steps: int = 300
-    rankings: int = 3200
-    reward_steps: int = 400
-    ppo_iterations: int = 50
+    rankings: int = 2560
+    reward_steps: int = 320
+    ppo_iterations: int = 48
     judged: int = 600
 
 
@@ -81,6 +81,7 @@ def train_sft(
             max_steps=steps,
             batch_size=BATCH,
             micro_batch_size=BATCH,
+            packing="balanced",
             learning_rate=learning_rate,
             warmup_steps=50,
             eval_limit=EVALUATED,
@@ -107,7 +108,7 @@ def train_reward(output: Path, steps: int, seed: int, device: str, show: Sink) -
             max_length=MAX_LENGTH,
             max_steps=steps,
             batch_size=REWARD_BATCH,
-            micro_batch_size=REWARD_BATCH,
+            micro_batch_size=REWARD_BATCH // 2,
             learning_rate=7e-4,
             warmup_steps=20,
             normalize_prompts=500,

@@ -14,7 +14,7 @@ from torch import nn
 from fastrl.checks import is_plain
 from fastrl.ops.backend import transforming
 from fastrl.ops.cpu_products import is_widened
-from fastrl.ops.lora_linear import WIDENED_ROWS, lora_linear, plain, prefers_plain
+from fastrl.ops.lora_linear import lora_linear, plain, prefers_plain, too_few_to_widen
 
 # PEFT's LoRA layers on quantised weights, some of which are installed with their library alone.
 QUANTISED = (
@@ -46,7 +46,7 @@ class FusedLinear(Linear):
         lora_a = parts["lora_A"]._modules[name]._parameters["weight"]
         lora_b = parts["lora_B"]._modules[name]._parameters["weight"]
         share = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        if _line_is_faster(x, lora_a):
+        if _line_is_faster(x, lora_a, len(weight)):
             return _line(x, weight, bias, lora_a, lora_b, scaling, share)
         if not share and prefers_plain(x, len(weight)) and not torch.is_autocast_enabled("cuda"):
             return plain(x, weight, lora_a, lora_b, scaling, bias)
@@ -114,12 +114,12 @@ def why_not(layer: LoraLayer) -> str:
     return ""
 
 
-def _line_is_faster(x: torch.Tensor, lora_a: torch.Tensor) -> bool:
+def _line_is_faster(x: torch.Tensor, lora_a: torch.Tensor, outputs: int) -> bool:
     """Whether PEFT's line is the faster one. Measured on CPUs alone; who asks for a backend means the op."""
     if x.device.type != "cpu" or os.environ.get("FASTRL_BACKEND"):
         return False
     if is_widened(x.dtype):
-        return not torch.is_grad_enabled() and x.numel() < WIDENED_ROWS * x.shape[-1]
+        return too_few_to_widen(x, outputs)
     few = x.numel() < (LINE_TRAINING_ROWS if torch.is_grad_enabled() else LINE_ROWS) * x.shape[-1]
     widens = lora_a.dtype != x.dtype and not (x.dtype == torch.bfloat16 and FAST_BFLOAT16)
     return few or widens

@@ -129,15 +129,26 @@ def _run(op, x, layers, dropout, backend):
 # Rows below which, on a CPU, calls cost more than the fused products save: without and with gradients
 # (benches/NOTES.md).
 EAGER_ROWS, EAGER_TRAINING_ROWS = 48, 128
-# The same without gradients where 16-bit matrices are multiplied in float32; with gradients none are too few.
-WIDENED_ROWS = 16
+# Where 16-bit matrices are multiplied in float32: rows without gradients, multiply-adds of a product with them.
+WIDENED_ROWS, WIDENED_WORK = 16, 1 << 20
+
+
+def too_few_to_widen(x: torch.Tensor, outputs: int) -> bool:
+    """Whether torch's own 16-bit loops take less time than the conversion of the weights."""
+    if torch.is_grad_enabled():
+        return x.numel() * outputs < WIDENED_WORK
+    return x.numel() < WIDENED_ROWS * x.shape[-1]
 
 
 def _eager_is_faster(x, layers, dropout):
+    if x.device.type != "cpu" or dropout > 0:
+        return False
     limit = EAGER_TRAINING_ROWS if torch.is_grad_enabled() else EAGER_ROWS
     if is_widened(x.dtype):
-        limit = 0 if torch.is_grad_enabled() else WIDENED_ROWS
-    if x.device.type != "cpu" or dropout > 0 or x.numel() >= limit * x.shape[-1]:
+        few = too_few_to_widen(x, sum(len(layer.weight) for layer in layers))
+    else:
+        few = x.numel() < limit * x.shape[-1]
+    if not few:
         return False
     same_dtype = (layer.lora_a.dtype == layer.lora_b.dtype == x.dtype for layer in layers)
     return all(same_dtype)  # else eager widens x

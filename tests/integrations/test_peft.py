@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import peft
 import pytest
@@ -231,10 +232,13 @@ def test_float32_adapters_stay_float32_where_a_cpu_emulates_bfloat16(monkeypatch
     assert seen == ([128] if fast and rows == 128 else [])
 
 
-@pytest.mark.parametrize(("rows", "training", "fused"), [(1, True, True), (15, False, False), (16, False, True)])
+@pytest.mark.parametrize(
+    ("rows", "training", "fused"), [(63, True, False), (64, True, True), (15, False, False), (16, False, True)]
+)
 def test_sixteen_bits_that_a_cpu_does_not_multiply_are_widened(monkeypatch, rows, training, fused):
-    """Even a single row whose gradients are wanted: torch's own loops take longer than the weight's conversion."""
+    """Where torch's own loops take longer than the weight's conversion."""
     monkeypatch.setattr(fused_linear, "is_widened", lambda dtype: True)
+    monkeypatch.setattr(sys.modules["fastrl.ops.lora_linear"], "WIDENED_WORK", 64 * 8 * 8)
     seen = []
     monkeypatch.setattr(fused_linear, "lora_linear", lambda x, *_, **__: seen.append(len(x)) or x)
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), peft.LoraConfig(target_modules=["0"]))

@@ -54,6 +54,7 @@ def set_widened(monkeypatch, widened):
     for module in ("lora_linear", "lora_linear_cpu"):
         monkeypatch.setattr(sys.modules[f"fastrl.ops.{module}"], "is_widened", lambda dtype: widened)
     monkeypatch.setattr(sys.modules["fastrl.ops.lora_linear_cpu"], "WIDENED_ELEMENTS", 67 * 15)
+    monkeypatch.setattr(sys.modules["fastrl.ops.lora_linear"], "WIDENED_WORK", 10 * 24 * 8)
 
 
 @pytest.mark.parametrize("widened", [False, True])
@@ -424,7 +425,8 @@ def test_properties(count, features, out, rank, scaling, seed):
         (16, True, 0.0, torch.float32, False, False),
         (8, False, 0.0, torch.bfloat16, True, True),
         (16, False, 0.0, torch.bfloat16, True, False),
-        (1, True, 0.0, torch.bfloat16, True, False),
+        (9, True, 0.0, torch.bfloat16, True, True),
+        (10, True, 0.0, torch.bfloat16, True, False),
     ],
 )
 def test_small_batches_run_eagerly(monkeypatch, count, training, dropout, adapters, widened, eager):
