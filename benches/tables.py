@@ -4,6 +4,7 @@ A table stands between the marks <!-- KIND NAME --> and <!-- /KIND NAME -->, NAM
 
     bench cpu.csv             every case, fastrl against the baseline and the fastest other provider
     updates train-cpu.csv     whole updates, all who were timed
+    layers patch-cpu.csv      speed-ups of patched layers, a column for each number of rows
     demo demo-cpu.jsonl       runs of the demo
     ops cpu.csv,nvidia-h100.csv   the last columns of a table of ops, one for each file; the other columns are kept
 """
@@ -21,7 +22,7 @@ from fastrl.constants import OPS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
-MARKERS = re.compile(r"(<!-- (bench|updates|demo|ops) (\S+) -->\n)(.*?)(<!-- /\2 \3 -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (bench|updates|layers|demo|ops) (\S+) -->\n)(.*?)(<!-- /\2 \3 -->)", re.DOTALL)
 HEADER = """\
 | op | shape | dtype | direction | baseline | ms | fastest other, ms | fastrl ms | speed-up | % of ceiling | extra MiB | fastrl extra MiB |
 | --- | --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"""  # noqa: E501
@@ -82,6 +83,21 @@ def updates(rows: list[records.Row]) -> str:
         seconds, rate, memory = (float(row[column]) for column in ("ms_p50", "rate", "peak_extra_mib"))
         cells = [row["op"], row["provider"], f"{seconds / 1000:.2f}", f"{rate:.0f}", f"{float(row['speedup']):.2f}x"]
         lines.append("| " + " | ".join([*cells, f"{memory:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def layers(rows: list[records.Row]) -> str:
+    """PEFT's time over a patched layer's, by width, dtypes and direction."""
+    found: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in rows:
+        if row["provider"] == "fastrl.patch":
+            count, width, _, *adapters = re.split("[x ]", row["shape"], maxsplit=3)
+            kind = width, f"{row['dtype']}, {' '.join(adapters)}", row["direction"]
+            found.setdefault(kind, {})[int(count)] = f"{float(row['speedup']):.2f}x"
+    counts = sorted({count for speedups in found.values() for count in speedups})
+    lines = [f"| layer | base, adapters | direction | {' | '.join(map(str, counts))} |"]
+    lines.append("| --- | --- | --- |" + " ---: |" * len(counts))
+    lines += [f"| {' | '.join([*kind, *(of.get(n, '') for n in counts)])} |" for kind, of in sorted(found.items())]
     return "\n".join(lines)
 
 
@@ -155,7 +171,7 @@ def fill(text: str, folder: Path = RESULTS) -> str:
         elif kind == "demo":
             new = demo(files[0])
         else:
-            new = {"bench": markdown, "updates": updates}[kind](records.read(files[0]))
+            new = {"bench": markdown, "updates": updates, "layers": layers}[kind](records.read(files[0]))
         return f"{begin}{new}\n{end}"
 
     return MARKERS.sub(table, text)
