@@ -410,7 +410,7 @@ def test_a_peer_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert (ours["status"], ours["baseline"], float(ours["speedup"])) == ("ok", "fastrl loop", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("peers", [("SFT step, LoRA", "fastrl loop"), ("Trainer step, LoRA", "fastrl callback")])
 def test_train_bench_runs_both_peers_on_the_same_work(tmp_path, peers):
     path = tmp_path / "train.csv"

@@ -106,6 +106,7 @@ case "$1" in --build) exec {cmake} "$@" -- -n ;; *) exec {cmake} "$@" ;; esac
 """
 
 
+@pytest.mark.wheel
 def test_builds_again_in_another_environment(source_tree, tmp_path):
     """pip's build environments vanish: a second install from one checkout must not look for the first one's ninja."""
     tree, log = tmp_path / "checkout", tmp_path / "log"

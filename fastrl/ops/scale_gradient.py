@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 
+from fastrl.ops.backend import transforming
 from fastrl.ops.native import DTYPE_CODES, launch_cuda, native_op, triton_kernel
 
 
@@ -13,7 +15,7 @@ def scale_gradient(backend: str, gradient: torch.Tensor, upstream: torch.Tensor)
     Where the upstream is 1, as of a loss that backward() is called on, nothing is read or written. The product is
     formed in float32 and rounded once. The host does not wait.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transforming() or is_legacy_batchedtensor(upstream):  # is_grads_batched=True
         return (gradient * upstream).to(gradient.dtype)
     if _graph_is_kept():
         gradient = gradient.clone()

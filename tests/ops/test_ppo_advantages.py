@@ -273,7 +273,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_equal_one(tmp_path):
     """T26, pitfall 14: mean and variance over all ranks; a rank with nothing kept takes part."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))

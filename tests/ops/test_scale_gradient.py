@@ -88,6 +88,16 @@ def test_micro_batches_add_up():
     torch.testing.assert_close(weight.grad, whole)
 
 
+def test_several_upstreams_at_once():
+    """is_grads_batched: the backward pass runs once, under vmap."""
+    row = torch.linspace(-1, 1, 12).view(2, 6)
+    leaf = row.clone().requires_grad_()
+    loss, _ = ppo_loss(leaf, row, row - 0.1, row, row, row, torch.ones(2, 6, dtype=torch.bool), backend="cpu")
+    (found,) = torch.autograd.grad(loss, leaf, torch.tensor([1.0, 2.0, 0.5]), retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, leaf)
+    assert found.equal(torch.stack([one, 2 * one, 0.5 * one]))
+
+
 def test_gradients_of_two_inputs():
     row = torch.linspace(-1, 1, 12).view(2, 6)
     mask = torch.ones(2, 6, dtype=torch.bool)
