@@ -369,13 +369,13 @@ def test_every_case_is_a_dot_of_the_plot():
 
 @pytest.mark.slow
 def test_command_measures_and_writes(tmp_path, capsys):
-    bench.main(["--op", "token_logprobs", "--quick", "--output", str(tmp_path)])
+    bench.main(["--op", "ppo_loss", "--quick", "--output", str(tmp_path)])
     rows = records.read(tmp_path / "bench.csv")
-    assert {row["direction"] for row in rows} == {"fwd", "fwd+bwd"}
+    assert {row["direction"] for row in rows} == {"fwd+bwd"}
     assert all(row["status"] == "ok" for row in rows)
     assert all(float(row["peak_extra_mib"]) < 64 for row in rows)
     assert (tmp_path / "bench.png").stat().st_size > 1000
-    assert "token_logprobs 64x32000 bf16 fwd+bwd" in capsys.readouterr().out
+    assert "ppo_loss 64x128 fp32 fwd+bwd" in capsys.readouterr().out
 
 
 def test_peers_must_agree_before_their_times_count():
