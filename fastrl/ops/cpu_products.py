@@ -1,8 +1,9 @@
-"""What the CPU multiplies 16-bit matrices in."""
+"""How the CPU multiplies: in which dtype, and a block at a time."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -25,3 +26,11 @@ def _multiply_dtype(dtype: torch.dtype) -> torch.dtype:
 def is_widened(dtype: torch.dtype) -> bool:
     """Whether matrices of that dtype are multiplied in float32."""
     return dtype in (torch.bfloat16, torch.float16) and multiply_dtype(dtype) == torch.float32
+
+
+def spans(length: int, at_most: int) -> Iterator[tuple[int, int]]:
+    """Spans of (nearly) equal length that cover range(length); none is longer than the first."""
+    if length > 0:
+        step = -(-length // -(-length // at_most))
+        for begin in range(0, length, step):
+            yield begin, min(begin + step, length)

@@ -143,15 +143,12 @@ def too_few_to_widen(x: torch.Tensor, outputs: int) -> bool:
 def _eager_is_faster(x, layers, dropout):
     if x.device.type != "cpu" or dropout > 0:
         return False
-    limit = EAGER_TRAINING_ROWS if torch.is_grad_enabled() else EAGER_ROWS
     if is_widened(x.dtype):
         few = too_few_to_widen(x, sum(len(layer.weight) for layer in layers))
     else:
-        few = x.numel() < limit * x.shape[-1]
-    if not few:
-        return False
-    same_dtype = (layer.lora_a.dtype == layer.lora_b.dtype == x.dtype for layer in layers)
-    return all(same_dtype)  # else eager widens x
+        few = x.numel() < (EAGER_TRAINING_ROWS if torch.is_grad_enabled() else EAGER_ROWS) * x.shape[-1]
+    # Of adapters in another dtype eager widens x.
+    return few and all(layer.lora_a.dtype == layer.lora_b.dtype == x.dtype for layer in layers)
 
 
 # Multiply-adds of the base products below which, on a GPU, the host's calls take longer than the device: forward and

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastrl.constants import dropout_threshold
-from fastrl.ops.cpu_products import is_widened
+from fastrl.ops.cpu_products import is_widened, spans
 from fastrl.ops.native import _C, DTYPE_CODES, native_op, threads_for
 
 WIDENED_ELEMENTS = 1 << 20  # of a weight at a time: 4 MiB, which stay in the cache
@@ -106,9 +106,7 @@ def _backward_widened(
 def _blocks(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Spans of a weight's outputs that are widened at a time; the compiler sees one."""
     outputs, features = weight.shape
-    step = outputs if torch.compiler.is_compiling() else max(1, WIDENED_ELEMENTS // features)
-    for begin in range(0, outputs, step):
-        yield begin, min(begin + step, outputs)
+    return spans(outputs, outputs if torch.compiler.is_compiling() else max(1, WIDENED_ELEMENTS // features))
 
 
 def _input_gradient(dys, weights, ddown, lora_a, seed, dropout):
