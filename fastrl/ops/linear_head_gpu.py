@@ -67,7 +67,10 @@ def forward(
     if debugging():
         check_range(_where(batch.mask, batch.token_ids), len(weight), "linear_logprobs")
     count = len(batch.token_ids)
-    found = [o if o is None or kept is None else o.new_empty((count, *o.shape[1:])) for o in outputs]
+    if kept is not None:
+        for output in outputs:
+            if output is not None:
+                output.zero_()
     totals = _Totals(head, dweight, dbias, dlora_b)
     copies = 2 if entropy_direction is not None else int(direction is not None or upstream is not None)
     # The kernel reads a whole row before it writes any of it.
@@ -75,7 +78,8 @@ def forward(
     logits, *gradients = workspace(count, len(weight), copies, hidden, in_place)
     for begin, end in spans(count, len(logits)):
         size = end - begin
-        part, results = batch.span(begin, end), [None if o is None else o[begin:end] for o in found]
+        part, at = batch.span(begin, end), None if kept is None else kept[begin:end]
+        results = [None if o is None else _rows_at(o, at, begin, end) for o in outputs]
         padded = len(logits) if batch_invariant() else size
         _multiply_head(head, part, logits[:padded])
         row_kernel(
@@ -85,14 +89,14 @@ def forward(
         for gradient, out in zip(gradients, results[4:], strict=False):
             if out is not None:
                 _direction(head, gradient[:padded], lora_a, scaling, out)
+        if at is not None:  # a chunk's directions are still in the cache
+            for output, result in zip(outputs, results, strict=True):
+                if output is not None:
+                    output.index_copy_(0, at, result)
         if upstream is not None:
             totals.add(gradients[0][:size], part)
     if upstream is not None:
         totals.finish(upstream)
-    if kept is not None:
-        for output, result in zip(outputs, found, strict=True):
-            if output is not None:
-                output.zero_().index_copy_(0, kept, result)
 
 
 def backward_weights(
@@ -151,6 +155,11 @@ def _select(hidden, token_ids, mask, head, lora_a, scaling) -> tuple[torch.Tenso
             hidden, token_ids = hidden.index_select(0, kept), token_ids.index_select(0, kept)
         mask = None
     return kept, Rows(hidden, _inputs(head, hidden, lora_a, scaling), token_ids, mask)
+
+
+def _rows_at(output, at, begin, end):
+    """Where a chunk's results go: into the output, or into memory of their own if its rows lie scattered in there."""
+    return output[begin:end] if at is None else output.new_empty((end - begin, *output.shape[1:]))
 
 
 def _where(mask, tensor):

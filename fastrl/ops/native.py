@@ -123,6 +123,8 @@ def row_layout(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
 
 def with_simple_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself if its last dimension is contiguous and the leading ones collapse to two; else a copy."""
+    if tensor.is_contiguous():
+        return tensor
     if tensor.ndim <= 1:
         return tensor.contiguous()
     if (tensor.shape[-1] > 1 and tensor.stride(-1) != 1) or _collapse(tensor) is None:
@@ -135,6 +137,10 @@ def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
     if tensor.ndim == 2:
         count = tensor.shape[0]
         return (count, 0, tensor.stride(0)) if count > 1 else (1, 0, 0)
+    if tensor.is_contiguous():  # asked on every call: the loop below takes four times as long
+        width = tensor.shape[-1]
+        count = tensor.numel() // width
+        return (count, 0, width) if count > 1 else (1, 0, 0)
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first
     for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size == 1:
