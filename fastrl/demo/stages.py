@@ -29,11 +29,11 @@ EVALUATED = 100  # held-out lessons and instructions
 class Budget(NamedTuple):
     """How much of everything; steps are optimizer steps, except PPO's iterations."""
 
-    pretrain_steps: int = 280
-    sft_steps: int = 300
+    pretrain_steps: int = 240
+    sft_steps: int = 280
     rankings: int = 2560
     reward_steps: int = 320
-    ppo_iterations: int = 48
+    ppo_iterations: int = 40
     judged: int = 600
 
 
