@@ -125,11 +125,8 @@ def with_simple_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself if its last dimension is contiguous and the leading ones collapse to two; else a copy."""
     if tensor.is_contiguous():
         return tensor
-    if tensor.ndim <= 1:
-        return tensor.contiguous()
-    if (tensor.shape[-1] > 1 and tensor.stride(-1) != 1) or _collapse(tensor) is None:
-        return tensor.contiguous()
-    return tensor
+    scattered = tensor.ndim == 1 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1)
+    return tensor.contiguous() if scattered or _collapse(tensor) is None else tensor
 
 
 def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
@@ -138,9 +135,8 @@ def _collapse(tensor: torch.Tensor) -> tuple[int, int, int] | None:
         count = tensor.shape[0]
         return (count, 0, tensor.stride(0)) if count > 1 else (1, 0, 0)
     if tensor.is_contiguous():  # asked on every call: the loop below takes four times as long
-        width = tensor.shape[-1]
-        count = tensor.numel() // width
-        return (count, 0, width) if count > 1 else (1, 0, 0)
+        count = tensor.shape[:-1].numel()
+        return (count, 0, tensor.shape[-1]) if count > 1 else (1, 0, 0)
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first
     for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size == 1:
